@@ -1,0 +1,1050 @@
+"""The front door: reads config.toml, answers HTTP, offers the commands.
+
+Top to bottom: settings and the one reader of the file, the log, the WSGI application, waitress as a server that survives its
+clients, the commands. Nobody imports this module.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import gc
+import hmac
+import logging
+import os
+import queue
+import re
+import resource
+import signal
+import socket
+import stat
+import sys
+import threading
+import time
+import tomllib
+import traceback
+import types
+import typing
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pipeline
+import providers
+import telemetry
+from providers import BadRequest, ClientGone, RequestError
+
+__version__ = "0.1.0"
+log = logging.getLogger("opensourcellmrouter")
+
+
+# Settings -------------------------------------------------------------------------------------------------------------
+class ConfigError(Exception):
+    """The configuration cannot be used; the text begins with the place in the file."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """The [server] section."""
+
+    host: str = field(default="127.0.0.1", metadata={"doc": "address to listen on; beyond loopback only with a key"})
+    port: int = field(default=8090, metadata={"doc": "port to listen on"})
+    unix_socket: str = field(default="", metadata={"doc": "listen on this path instead (behind nginx)"})
+    url_prefix: str = field(default="", metadata={"doc": "sub-path under which a proxy embeds the router"})
+    trusted_proxy: str = field(default="", metadata={"doc": "address of the proxy whose X-Forwarded-* are believed"})
+    threads: int = field(default=64, metadata={"doc": "one request, one thread; at least 2"})
+    max_in_flight: int | None = field(
+        default=None,
+        metadata={"doc": "LLM requests at once, the rest get 503; unset: threads - watchers - 4, at least half"},
+    )
+    dashboard: bool = field(default=False, metadata={"doc": "serve the page and its feed"})
+    max_watchers: int | None = field(
+        default=None, metadata={"doc": "feeds at once; unset: 8, never over a quarter of the threads"}
+    )
+    trace_url: str = field(default="", metadata={"doc": '"http://.../trace/{trace_id}" links a request to the tracing backend'})
+    api_key_env: str = field(default="", metadata={"doc": "environment variable with the one shared key"})
+    allow_unauthenticated: bool = field(default=False, metadata={"doc": "listen beyond loopback without any key"})
+    allowed_hosts: tuple[str, ...] = field(default=(), metadata={"doc": "further Host names for the pages and the settings API"})
+    max_body_bytes: int = field(default=33554432, metadata={"doc": "larger requests get 413"})
+    drain_seconds: float = field(default=30.0, metadata={"doc": "SIGTERM: how long running requests may go on"})
+    send_timeout: float = field(default=30.0, metadata={"doc": "a client that reads nothing for so many seconds is cut"})
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.threads <= 4096:
+            raise ValueError("threads must lie between 2 and 4096")
+        if not 0 <= self.port <= 65535:
+            raise ValueError("port must lie between 0 and 65535")
+        if self.url_prefix and not re.fullmatch(r"(/[\w.~-]+)+", self.url_prefix):
+            raise ValueError("url_prefix must look like /llm, without a slash at its end")
+        if self.max_in_flight is not None and not 1 <= self.max_in_flight <= self.threads:
+            raise ValueError("max_in_flight must lie between 1 and threads")
+        if self.max_watchers is not None and not 0 <= self.max_watchers < self.threads:
+            raise ValueError("max_watchers must lie between 0 and threads - 1")
+        if not 1024 <= self.max_body_bytes <= 2**31:
+            raise ValueError("max_body_bytes must lie between 1024 and 2147483648")
+        if not 0 <= self.drain_seconds <= 3600 or not 0.1 <= self.send_timeout <= 3600:
+            raise ValueError("drain_seconds and send_timeout must lie between 0 (0.1) and 3600")
+        if self.trace_url and "{trace_id}" not in self.trace_url:
+            raise ValueError("trace_url must hold {trace_id}")
+
+    @property
+    def watchers(self) -> int:
+        return min(8, self.threads // 4) if self.max_watchers is None else self.max_watchers
+
+    @property
+    def in_flight_limit(self) -> int:
+        return self.max_in_flight or max(self.threads - self.watchers - 4, (self.threads + 1) // 2)
+
+
+@dataclass(frozen=True)
+class ApiKey:
+    """One [[api_keys]] table."""
+
+    name: str = field(metadata={"doc": "what records, spans and filters call it"})
+    key_env: str = field(metadata={"doc": "environment variable with the key"})
+
+
+@dataclass(frozen=True)
+class Logging:
+    """The [logging] section."""
+
+    enabled: bool = field(default=False, metadata={"doc": "write one JSON line per finished request"})
+    path: str = field(default="logs/requests.jsonl", metadata={"doc": "the file; may be renamed or truncated while in use"})
+    content: bool = field(default=True, metadata={"doc": "false: no messages, no response text"})
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole file."""
+
+    server: Server = field(default_factory=Server)
+    api_keys: tuple[ApiKey, ...] = ()
+    logging: Logging = field(default_factory=Logging)
+    telemetry: telemetry.Settings = field(default_factory=telemetry.Settings)
+    retry: pipeline.Retry = field(default_factory=pipeline.Retry)
+    breaker: pipeline.Breaker = field(default_factory=pipeline.Breaker)
+    providers: tuple[providers.Provider, ...] = ()
+    routers: tuple[pipeline.Rule, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [p.name for p in self.providers]
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                raise ValueError(f"providers[{i}].name: {name!r} is taken by an earlier provider")
+        for i, rule in enumerate(self.routers):
+            for name in rule.names():
+                if name not in names:
+                    raise ValueError(f"routers[{i}]: no provider is named {name!r}{_suggest(name, names)}")
+
+
+def load(path: str | Path, environ: Mapping[str, str] = os.environ) -> Config:
+    """Read and check a configuration file. Raises ConfigError with one line that begins with the place."""
+    path = Path(path)
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        table = tomllib.loads(text)
+    except OSError as e:
+        raise ConfigError(f"{path}: cannot be read: {e.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not UTF-8") from None
+    except tomllib.TOMLDecodeError as e:
+        raise ConfigError(f"{path}: is not TOML: {e}") from None
+    reader = Reader(environ)
+    config: Config = reader.read(Config, table, path.name)
+    overridden = telemetry.from_environment(config.telemetry, table.get("telemetry", {}), environ)
+    return dataclasses.replace(config, telemetry=overridden)
+
+
+class Reader:
+    """Turns TOML tables into the rooms' frozen dataclasses: unknown keys, wrong types and broken rules are refused with
+    their place; `${NAME}` in headers and keys is read from the environment."""
+
+    SECRETS = frozenset(("headers", "api_key", "token", "access_token"))
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._environ = environ
+
+    def read(self, cls: Any, table: Any, place: str) -> Any:
+        """An instance of the dataclass from a table. Raises ConfigError."""
+        if not isinstance(table, dict):
+            raise ConfigError(f"{place}: must be a table")
+        if cls is pipeline.Rule:
+            cls, table = self._rule(table, place)
+        hints, fields = _hints(cls), {f.name: f for f in dataclasses.fields(cls)}
+        for key in table:
+            if key not in fields:
+                raise ConfigError(f"{place}.{key}: unknown key{_suggest(key, fields)}")
+        for name, f in fields.items():
+            required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+            if required and name not in table:
+                raise ConfigError(f"{place}.{name}: required")
+        values = {k: self._value(hints[k], v, f"{place}.{k}", k in self.SECRETS) for k, v in table.items()}
+        try:
+            return cls(**values)
+        except ValueError as e:
+            field_named = re.match(r"[\w.\[\]-]+: ", str(e))
+            raise ConfigError(f"{place}{'.' if field_named else ': '}{e}") from None
+
+    def _rule(self, table: dict[str, Any], place: str) -> tuple[type, dict[str, Any]]:
+        kind = table.get("type")
+        if kind not in pipeline.RULES:
+            told = "required" if kind is None else f"unknown rule type {kind!r}"
+            raise ConfigError(f"{place}.type: {told}, known are {', '.join(pipeline.RULES)}")
+        return pipeline.RULES[kind], {k: v for k, v in table.items() if k != "type"}
+
+    def _value(self, hint: Any, value: Any, place: str, secret: bool) -> Any:
+        origin, args = typing.get_origin(hint), typing.get_args(hint)
+        if origin in (types.UnionType, typing.Union):
+            return self._value(_arm(args, value), value, place, secret)
+        if origin is tuple and isinstance(value, list):
+            return tuple(self._value(args[0], v, f"{place}[{i}]", secret) for i, v in enumerate(value))
+        if origin is dict and isinstance(value, dict):
+            return {k: self._value(args[1], v, f"{place}.{k}", secret) for k, v in value.items()}
+        if dataclasses.is_dataclass(hint):
+            return self.read(hint, value, place)
+        if hint is float and type(value) is int:
+            value = float(value)
+        if hint is not Any and type(value) is not (origin or hint):
+            raise ConfigError(f"{place}: must be {_TYPE_NAMES.get(origin or hint, 'of another type')}")
+        if isinstance(value, float) and value != value:
+            raise ConfigError(f"{place}: must be a number, not nan")
+        return self._substitute(value, place) if secret and isinstance(value, str) else value
+
+    def _substitute(self, value: str, place: str) -> str:
+        def read(match: re.Match[str]) -> str:
+            found = self._environ.get(match[1], "").strip()
+            if not found:
+                raise ConfigError(f"{place}: the environment variable {match[1]} is not set")
+            telemetry.keep_secret(found)
+            return found
+
+        return re.sub(r"\$\{(\w+)\}", read, value)
+
+
+_TYPE_NAMES = {
+    str: "a string",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    tuple: "a list",
+    dict: "a table",
+}
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _arm(args: tuple[Any, ...], value: Any) -> Any:
+    """The arm of a union a value is meant for, by its TOML type."""
+    kinds = {list: tuple, int: float} if int not in args else {list: tuple}
+    wanted = kinds.get(type(value), type(value))
+    return next((a for a in args if (typing.get_origin(a) or a) is wanted), args[0])
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+# The log --------------------------------------------------------------------------------------------------------------
+class RequestLog:
+    """One JSON line per finished request, written by a thread of its own so that no request waits for a disk.
+
+    Each line is one write to a file opened for appending. The path is looked at before a write, at most once a second, so
+    rename and copytruncate lose nothing. A disk that cannot be written to costs lines, which are counted and warned of
+    once a minute; where a line was torn, the next begins on a line of its own.
+    """
+
+    QUEUE = 10_000
+
+    def __init__(self, settings: Logging) -> None:
+        self._path = Path(settings.path)
+        self._content = settings.content
+        self._queue: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._fd: int | None = None
+        self._looked = self._warned = float("-inf")
+        self._torn = False
+        self.written = self.dropped = 0
+        self._thread = threading.Thread(target=self._write_all, name="request-log", daemon=True)
+        self._thread.start()
+
+    def sink(self, event: dict[str, Any]) -> None:
+        """Take a record to be written; other events are none of the log's business."""
+        if event["type"] != "complete":
+            return
+        if self._queue.qsize() >= self.QUEUE:
+            self.dropped += 1
+        else:
+            self._queue.put(event)
+
+    def close(self, seconds: float = 3.0) -> None:
+        """Write what is queued, for at most so many seconds."""
+        self._queue.put(None)
+        self._thread.join(seconds)
+
+    def _write_all(self) -> None:
+        while (event := self._queue.get()) is not None:
+            self._write(event)
+            if self._queue.empty():
+                time.sleep(0.02)  # under load the next lines are then written in one go, without waking a thread for each
+        if self._fd is not None:
+            os.close(self._fd)
+
+    def _write(self, event: dict[str, Any]) -> None:
+        line = (providers.dumps(event if self._content else without_content(event)) + "\n").encode()
+        try:
+            fd = self._file()
+            if self._torn:
+                line = b"\n" + line
+            done = os.write(fd, line)
+        except OSError as e:
+            return self._lost(e.strerror or type(e).__name__)
+        self._torn = done < len(line)
+        if self._torn:
+            return self._lost("only part of a line could be written")
+        self.written += 1
+        return None
+
+    def _file(self) -> int:
+        """The open file, opened anew if the path no longer leads to it."""
+        now = time.monotonic()
+        if self._fd is not None and now - self._looked < 1.0:
+            return self._fd
+        self._looked = now
+        if self._fd is not None and not self._is_at_path(self._fd):
+            os.close(self._fd)
+            self._fd = None
+        if self._fd is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+            self._fd = os.open(self._path, flags, 0o600)
+            if stat.S_ISREG(os.fstat(self._fd).st_mode):
+                os.set_blocking(self._fd, True)
+        return self._fd
+
+    def _is_at_path(self, fd: int) -> bool:
+        try:
+            there, here = self._path.stat(), os.fstat(fd)
+        except FileNotFoundError:
+            return False
+        return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
+
+    def _lost(self, why: str) -> None:
+        self.dropped += 1
+        if time.monotonic() - self._warned >= 60:
+            self._warned = time.monotonic()
+            log.warning("cannot write to %s: %s; %d lines lost so far", self._path, why, self.dropped)
+
+
+def without_content(record: dict[str, Any]) -> dict[str, Any]:
+    """The record without anything a client or a model said: what is left are names, numbers and outcomes."""
+    bare = {**record, "system": None, "messages": [], "tools": [], "request": {}, "trace": record["trace"]}
+    if record["response"]:
+        calls = [{"id": c["id"], "name": c["name"]} for c in record["response"]["tool_calls"]]
+        bare["response"] = {**record["response"], "content": "", "reasoning": None, "tool_calls": calls}
+    return bare
+
+
+# The WSGI application -------------------------------------------------------------------------------------------------
+class Refused(RequestError):
+    """A request that is not accepted: no record, counted under `reason`."""
+
+    def __init__(self, message: str, *, reason: str, **more: Any) -> None:
+        super().__init__(message, **more)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Response:
+    """A whole answer of the front door."""
+
+    status: int
+    body: bytes
+    content_type: str = "application/json"
+    headers: Sequence[tuple[str, str]] = ()
+    close: Callable[[], None] | None = None
+
+
+class Whole:
+    """The body of a whole answer; its `close` tells the run that the answer was handed over."""
+
+    def __init__(self, response: Response) -> None:
+        self._pieces = iter((response.body,))
+        self.close = response.close or bool
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self._pieces
+
+
+REASONS = {
+    200: "OK", 201: "Created", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found",
+    405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict", 413: "Content Too Large", 415: "Unsupported Media Type",
+    422: "Unprocessable Content", 429: "Too Many Requests", 431: "Request Header Fields Too Large",
+    499: "Client Closed Request", 500: "Internal Server Error", 501: "Not Implemented", 502: "Bad Gateway",
+    503: "Service Unavailable", 504: "Gateway Timeout",
+}  # fmt: skip
+FACES = {"/v1/chat/completions": "openai", "/v1/messages": "anthropic", "/v1/responses": "responses"}
+"""The path of each language's own endpoint: whoever calls it, or below it, is answered in that language."""
+
+
+def face_of(path: str) -> Any:
+    """The client face in which a path is answered: errors, too, come in the client's own dialect."""
+    name = next((f for p, f in FACES.items() if path == p or path.startswith(p + "/")), "openai")
+    return providers.language(name if name in providers.formats("parse_request") else "openai")
+
+
+class App:
+    """The router as a WSGI callable (PEP 3333); `close` lets go of everything it holds."""
+
+    def __init__(self, config: Config, environ: Mapping[str, str] = os.environ, source: str = "config.toml") -> None:
+        """Raises ConfigError if a key that the configuration names is missing or unusable."""
+        self.config = config
+        try:
+            self.keys = _read_keys(config, environ)
+            lanes = _lanes(config, environ)
+        except ValueError as e:
+            raise ConfigError(f"{source}.{e}") from None
+        self.pipeline = pipeline.Pipeline(lanes, config.routers, config.retry, config.server.in_flight_limit)
+        self.refused: Counter[str] = Counter()
+        self._started = time.monotonic()
+        self.log = RequestLog(config.logging) if config.logging.enabled else None
+        if self.log:
+            self.pipeline.sinks.append(self.log.sink)
+        self._prefix = config.server.url_prefix
+        self._plain: dict[str, dict[str, Callable[[dict[str, Any], str], Response]]] = {
+            "/health": {"GET": self._health},
+            "/v1/models": {"GET": self._models},
+            "/api/v1/stats": {"GET": self._stats},
+        }
+        self._llm = {p: providers.language(f) for p, f in FACES.items() if f in providers.formats("parse_request")}
+
+    def close(self) -> None:
+        """Write out what is queued and close the idle connections."""
+        if self.log:
+            self.log.close()
+        for lane in self.pipeline.lanes.values():
+            lane.upstream.close()
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        path = self._path(environ)
+        try:
+            answer = self._answer(environ, path)
+        except RequestError as e:
+            answer = self._error(e, path)
+        except Exception as e:  # noqa: BLE001 - the last resort: a bug is a logged 500 in the client's dialect
+            log.error("internal error at %s:\n%s", path, trace_of(e))
+            answer = self._error(RequestError("internal error; the router's log tells more"), path)
+        return _send(answer, environ, start_response)
+
+    def _path(self, environ: Mapping[str, Any]) -> str:
+        """The path below url_prefix; routing and the gate both go by it. "" is no path of ours."""
+        path: str = environ.get("PATH_INFO", "")
+        if self._prefix and path != "/health":
+            path = path[len(self._prefix) :] if path.startswith(self._prefix + "/") else ""
+        alias = path.removeprefix("/api")
+        return (
+            alias
+            if alias.startswith("/v1/") and path not in self._plain and not path.startswith("/api/v1/observability")
+            else path
+        )
+
+    def _answer(self, environ: dict[str, Any], path: str) -> Response | pipeline.Run:
+        if path == "/health":
+            return self._plain[path][self._method(environ, path)](environ, path)
+        key_name = self._gate(environ)
+        method = self._method(environ, path)
+        if path in self._llm:
+            return self._run(environ, path, key_name)
+        handler = self._plain[path][method] if path in self._plain else self._model
+        return handler(environ, path)
+
+    def _method(self, environ: Mapping[str, Any], path: str) -> str:
+        """The method, HEAD as GET; raises 404 for an unknown path and 405 with Allow for a method it does not have."""
+        known = ["POST"] if path in self._llm else list(self._plain.get(path, ()))
+        if path.startswith("/v1/models/"):
+            known = ["GET"]
+        if not known:
+            raise Refused("there is nothing at this path", status=404, kind="not_found", code="not_found", reason="not_found")
+        method = "GET" if environ["REQUEST_METHOD"] == "HEAD" else environ["REQUEST_METHOD"]
+        if method not in known:
+            allow = ", ".join(sorted([*known, *(["HEAD"] if "GET" in known else [])]))
+            text = f"the method {environ['REQUEST_METHOD'][:20]} is not allowed here, only {allow}"
+            raise Refused(
+                text,
+                status=405,
+                kind="invalid_request",
+                code="method_not_allowed",
+                headers={"allow": allow},
+                reason="method",
+            )
+        return str(method)
+
+    # the gate
+    def _gate(self, environ: Mapping[str, Any]) -> str | None:
+        """The name of the key a request came with (None where none is needed). Raises 401 alike for every wrong one."""
+        if not self.keys:
+            return None
+        told = _credential(environ)
+        name = None
+        for key, key_name in self.keys.items():
+            if hmac.compare_digest(told, key):  # on bytes: a str with non-ASCII characters would raise
+                name = key_name
+        if name is None:
+            raise Refused("a valid API key is needed", status=401, kind="authentication", code="invalid_api_key",
+                          headers={"www-authenticate": "Bearer"}, reason="unauthorized")  # fmt: skip
+        return name
+
+    # LLM requests
+    def _run(self, environ: dict[str, Any], path: str, key_name: str | None) -> Response | pipeline.Run:
+        headers = {h: v for h, e in _PASSED_HEADERS.items() if (v := _header(environ, e)) is not None}
+        try:
+            request = self._llm[path].parse_request(providers.Body(self._body(environ)), headers)
+        except BadRequest:
+            self.refused["bad_request"] += 1
+            raise
+        request.headers = headers
+        run = self.pipeline.start(request, _arrival(environ, path, key_name))
+        try:
+            run.open()
+        except RequestError as e:
+            return self._error(e, path, run)
+        except ClientGone:
+            return Response(499, b"", close=run.close)
+        except BaseException:
+            run.crashed()
+            raise
+        if request.stream:
+            return run
+        return Response(200, run.whole, headers=run.headers(), close=run.close)
+
+    def _body(self, environ: Mapping[str, Any]) -> bytes:
+        limit = self.config.server.max_body_bytes
+        told = environ.get("CONTENT_LENGTH") or "0"
+        if not re.fullmatch(r"\d{1,18}", told):
+            raise BadRequest("Content-Length is not a number")
+        if int(told) > limit:
+            raise _too_large(limit)
+        data: bytes = environ["wsgi.input"].read(int(told)) if int(told) else b""
+        if len(data) < int(told):
+            raise BadRequest("the body is shorter than its Content-Length")
+        coding = environ.get("HTTP_CONTENT_ENCODING", "identity").strip().lower()
+        if coding in ("gzip", "x-gzip"):
+            return _inflate(data, limit)
+        if coding != "identity":
+            raise Refused("only gzip is understood as Content-Encoding", status=415, kind="invalid_request",
+                          code="unsupported_media_type", reason="unsupported_media_type")  # fmt: skip
+        return data
+
+    # everything else
+    def _health(self, environ: dict[str, Any], path: str) -> Response:
+        return Response(200, b"ok", "text/plain; charset=utf-8")
+
+    def _models(self, environ: dict[str, Any], path: str) -> Response:
+        listed = [_model_object(m, owner) for m, owner in self.pipeline.models().items()]
+        return _json({"object": "list", "data": listed})
+
+    def _model(self, environ: dict[str, Any], path: str) -> Response:
+        model = path.removeprefix("/v1/models/").encode("latin-1").decode("utf-8", "replace")
+        owner = self.pipeline.models().get(model)
+        if owner is None:
+            raise Refused(f"no provider is known to serve the model {model[:200]!r}", status=404, kind="not_found",
+                          code="model_not_found", param="model", reason="not_found")  # fmt: skip
+        return _json(_model_object(model, owner))
+
+    def _stats(self, environ: dict[str, Any], path: str) -> Response:
+        return _json(self.stats())
+
+    def stats(self) -> dict[str, Any]:
+        """What /api/v1/stats answers."""
+        written = {"written": self.log.written, "dropped": self.log.dropped} if self.log else {"written": 0, "dropped": 0}
+        uptime = round(time.monotonic() - self._started, 3)
+        return {
+            "version": __version__,
+            "uptime_s": uptime,
+            **self.pipeline.stats(),
+            "refused": dict(self.refused),
+            "log": written,
+        }
+
+    def _error(self, error: RequestError, path: str, run: pipeline.Run | None = None) -> Response:
+        if isinstance(error, Refused):
+            self.refused[error.reason] += 1
+        body = providers.dumps(face_of(path).render_error(error)).encode()
+        headers = [*error.headers.items(), *(run.headers() if run else ())]
+        return Response(error.status, body, headers=headers, close=run.close if run else None)
+
+
+def create_app(path: str | Path = "config.toml") -> App:
+    """The router as a plain WSGI callable for any WSGI server. Raises ConfigError."""
+    return App(load(path), source=Path(path).name)
+
+
+def _send(answer: Response | pipeline.Run, environ: Mapping[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+    try:
+        if isinstance(answer, pipeline.Run):
+            start_response("200 OK", [*_STREAM_HEADERS, *answer.headers()])
+            return answer
+        headers = [("Content-Type", answer.content_type), ("Content-Length", str(len(answer.body))), *answer.headers]
+        start_response(f"{answer.status} {REASONS.get(answer.status, 'Error')}", [(_cased(k), v) for k, v in headers])
+        body = dataclasses.replace(answer, body=b"") if environ["REQUEST_METHOD"] == "HEAD" else answer
+        return Whole(body)
+    except BaseException:
+        if answer.close:
+            answer.close()
+        raise
+
+
+_STREAM_HEADERS = [
+    ("Content-Type", "text/event-stream; charset=utf-8"),
+    ("Cache-Control", "no-cache"),
+    ("X-Accel-Buffering", "no"),
+]
+_PASSED_HEADERS = {
+    "x-session-id": "HTTP_X_SESSION_ID",
+    "anthropic-beta": "HTTP_ANTHROPIC_BETA",
+    "anthropic-version": "HTTP_ANTHROPIC_VERSION",
+}
+
+
+def _cased(name: str) -> str:
+    return "-".join(part.capitalize() for part in name.split("-"))
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(status, providers.dumps(value).encode(), headers=[("Cache-Control", "no-store")])
+
+
+def _model_object(model: str, owner: str) -> dict[str, Any]:
+    return {"id": model, "object": "model", "created": 0, "owned_by": owner}
+
+
+def _header(environ: Mapping[str, Any], name: str) -> str | None:
+    """A request header as text; WSGI hands its bytes over as latin-1."""
+    value = environ.get(name)
+    return None if value is None else str(value).encode("latin-1").decode("utf-8", "replace")
+
+
+def _credential(environ: Mapping[str, Any]) -> bytes:
+    """The key a request came with: Authorization: Bearer, else x-api-key."""
+    scheme, _, token = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
+    told = token.strip() if scheme.lower() == "bearer" else environ.get("HTTP_X_API_KEY", "")
+    return bytes(told, "latin-1")
+
+
+def _arrival(environ: Mapping[str, Any], path: str, key_name: str | None) -> pipeline.Arrival:
+    arrival = pipeline.Arrival(path, environ["REQUEST_METHOD"], environ.get("REMOTE_ADDR", ""), key_name)
+    arrival.traceparent, arrival.tracestate = environ.get("HTTP_TRACEPARENT"), environ.get("HTTP_TRACESTATE")
+    gone = environ.get("waitress.client_disconnected")
+    if gone is not None:
+        channel = getattr(gone, "__self__", None)
+        arrival.client_gone = gone
+        arrival.gone_code = lambda: "client_stalled" if getattr(channel, "stalled", False) else "client_disconnected"
+    return arrival
+
+
+def _inflate(data: bytes, limit: int) -> bytes:
+    """A gzip body unpacked, as far as the limit allows."""
+    unpacker = zlib.decompressobj(wbits=31)
+    try:
+        plain = unpacker.decompress(data, limit + 1)
+    except zlib.error:
+        raise BadRequest("the body is not gzip as Content-Encoding says") from None
+    if len(plain) > limit:
+        raise _too_large(limit)
+    if not unpacker.eof:
+        raise BadRequest("the gzip body is incomplete")
+    return plain
+
+
+def _too_large(limit: int) -> Refused:
+    text = f"the body is larger than server.max_body_bytes = {limit}"
+    return Refused(text, status=413, kind="too_large", code="request_too_large", reason="too_large")
+
+
+def trace_of(error: BaseException) -> str:
+    """Where an error was raised and of what kind it is, but not its text: that may hold what a client said."""
+    return "".join(traceback.format_tb(error.__traceback__)) + type(error).__name__
+
+
+def _read_keys(config: Config, environ: Mapping[str, str]) -> dict[bytes, str | None]:
+    """The keys that open the door -> their names (None: the shared one)."""
+    wanted: list[tuple[str, str, str | None]] = [("server.api_key_env", config.server.api_key_env, None)]
+    wanted = wanted if config.server.api_key_env else []
+    wanted += [(f"api_keys[{i}].key_env", k.key_env, k.name) for i, k in enumerate(config.api_keys)]
+    keys: dict[bytes, str | None] = {}
+    for place, variable, name in wanted:
+        key = _key(place, variable, environ)
+        if key is None:
+            raise ValueError(f"{place}: the environment variable {variable} is not set")
+        keys[key.encode("latin-1")] = name
+    exposed = not config.server.unix_socket and not _is_loopback(config.server.host)
+    if exposed and not keys and not config.server.allow_unauthenticated:
+        text = "needs a key (server.api_key_env or [[api_keys]]) or server.allow_unauthenticated = true"
+        raise ValueError(f"server.host: listening on {config.server.host} {text}")
+    return keys
+
+
+def _key(place: str, variable: str, environ: Mapping[str, str]) -> str | None:
+    try:
+        return providers.read_key(variable, environ)
+    except ValueError as e:
+        raise ValueError(f"{place}: {e}") from None
+
+
+def _is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def _lanes(config: Config, environ: Mapping[str, str]) -> dict[str, pipeline.Lane]:
+    """The providers that can be in service: one whose key is named but unset is left out with a warning."""
+    lanes = {}
+    for i, provider in enumerate(config.providers):
+        key = None
+        if provider.api_key_env:
+            key = _key(f"providers[{i}].api_key_env", provider.api_key_env, environ)
+            if key is None:
+                log.warning(
+                    "provider %s is left out: the environment variable %s is not set",
+                    provider.name,
+                    provider.api_key_env,
+                )
+                continue
+        for name, value in provider.headers.items():
+            if re.search("auth|key|token|secret|cookie", name.lower()):
+                telemetry.keep_secret(value)
+        upstream = providers.Upstream(provider, key, config.server.threads)
+        lanes[provider.name] = pipeline.Lane(upstream, config.breaker)
+    if not lanes:
+        raise ValueError("providers: no provider is left to answer requests")
+    return lanes
+
+
+# Waitress -------------------------------------------------------------------------------------------------------------
+class Service:
+    """The application on waitress, made to survive its clients and to stop in order.
+
+    waitress keeps the sockets on the main thread; so all that is done to them here happens between two turns of its loop:
+    cutting clients that read nothing (the library would let them hold a worker for ever) or that never finish a request,
+    and the drain after SIGTERM.
+    """
+
+    RECEIVE_SECONDS = 20.0
+    """A request's headers must be complete after this time; its body may take longer at 16 KiB/s or more."""
+
+    def __init__(self, app: App, listener: socket.socket) -> None:
+        from waitress.server import create_server
+
+        self.app, self.settings = app, app.config.server
+        self._deadline: float | None = None
+        self._forced = False
+        _raise_file_limit()
+        trusted = {"trusted_proxy": "localhost" if self.settings.unix_socket else self.settings.trusted_proxy,
+                   "trusted_proxy_headers": {"x-forwarded-for", "x-forwarded-proto", "x-forwarded-host"}}  # fmt: skip
+        self._server = create_server(
+            app, sockets=[listener], threads=self.settings.threads, connection_limit=max(2000, 4 * self.settings.threads),
+            backlog=2048, asyncore_use_poll=True, ident=None, channel_request_lookahead=1, outbuf_high_watermark=2**20,
+            max_request_body_size=2**40, channel_timeout=120, clear_untrusted_proxy_headers=False,
+            **(trusted if self.settings.trusted_proxy else {}),
+        )  # fmt: skip
+        self._server.channel_class = _channel_class(app)
+
+    def run(self) -> bool:
+        """Serve until a signal has been obeyed; True if every request could be ended in order."""
+        from waitress import wasyncore
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+        swept = time.monotonic()
+        while not self._finished():
+            wasyncore.loop(timeout=1.0 if self._deadline is None else 0.05, map=self._server._map, use_poll=True, count=1)
+            if time.monotonic() - swept >= 0.5:
+                swept = time.monotonic()
+                self._sweep()
+        ended = self.app.pipeline.in_flight == 0
+        self.app.close()
+        return ended
+
+    def _stop(self, number: int, frame: Any) -> None:
+        """The first signal starts the drain, the second ends it. Only notes it: the loop does the work."""
+        now = time.monotonic()
+        self._forced = self._deadline is not None
+        self._deadline = now if self._forced else now + self.settings.drain_seconds
+        self._server.pull_trigger()
+
+    def _finished(self) -> bool:
+        if self._deadline is None:
+            return False
+        if self._server.accepting:
+            self._close_listener()
+        now = time.monotonic()
+        if now >= self._deadline:
+            self.app.pipeline.aborting = True  # every wait ends within a slice, each with an error frame and a record
+        channels = list(self._server.active_channels.values())
+        busy = self.app.pipeline.in_flight or any(c.requests or c.total_outbufs_len for c in channels)
+        return not busy or now >= self._deadline + (1.0 if self._forced else 3.0)
+
+    def _close_listener(self) -> None:
+        log.info(
+            "stopping: %d requests are running, drain for at most %g s",
+            self.app.pipeline.in_flight,
+            self.settings.drain_seconds,
+        )
+        self._server.accepting = False
+        self._server.del_channel()
+        self._server.socket.close()
+        if self.settings.unix_socket:
+            Path(self.settings.unix_socket).unlink(missing_ok=True)
+
+    def _sweep(self) -> None:
+        now = time.time()
+        for channel in list(self._server.active_channels.values()):
+            if channel.total_outbufs_len and now - channel.last_activity > self.settings.send_timeout:
+                channel.stalled = True
+                channel.handle_close()
+            elif channel.received_late(now, self.RECEIVE_SECONDS):
+                channel.handle_close()
+
+
+def _raise_file_limit() -> None:
+    """As many open files as the system lets us have: each client and each upstream is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536), hard))
+
+
+def _channel_class(app: App) -> type:
+    """waitress's connection with its parser made strict and its own errors in the client's dialect."""
+    from waitress.channel import HTTPChannel
+    from waitress.parser import HTTPRequestParser, ParsingError
+    from waitress.task import ErrorTask
+    from waitress.utilities import BadRequest as MalformedRequest
+    from waitress.utilities import RequestEntityTooLarge
+
+    limit = app.config.server.max_body_bytes
+
+    class Parser(HTTPRequestParser):
+        """Refuses what two readers could read in two ways (RFC 9112, 6.1 and 11.2): lengths told twice, folded or bare
+        lines, one field that must be single twice. A body over the limit is read to its end, so that the client can hear
+        why it is refused, but not kept."""
+
+        completed: bool
+        too_large = False
+
+        def received(self, data: bytes) -> int:
+            if self.body_rcv is None and not self.completed:
+                head = (self.header_plus + data).partition(b"\r\n\r\n")[0]
+                if head.count(b"\n") != head.count(b"\r\n"):
+                    self.error, self.completed = MalformedRequest("bare LF"), True
+                    return len(data)
+            consumed: int = super().received(data)
+            if self.chunked and self.body_rcv is not None and len(self.body_rcv) > limit:
+                self._discard()
+            if self.too_large and (self.completed or self.body_bytes_received > 4 * limit):
+                self.error, self.completed = RequestEntityTooLarge(""), True
+            return consumed
+
+        def parse_header(self, header_plus: bytes) -> None:
+            lines = header_plus.split(b"\r\n")[1:]
+            names = Counter(line.partition(b":")[0].lower() for line in lines)
+            if any(line[:1] in (b" ", b"\t") for line in lines) or any(names[n] > 1 for n in _SINGLE):
+                raise ParsingError("ambiguous header")
+            if names[b"transfer-encoding"] and names[b"content-length"]:
+                raise ParsingError("two lengths")
+            super().parse_header(header_plus)
+            if names[b"transfer-encoding"] and self.version != "1.1":
+                raise ParsingError("Transfer-Encoding in HTTP/1.0")
+            if self.version == "1.1" and not names[b"host"]:
+                raise ParsingError("no Host")
+            if self.content_length > limit:
+                self._discard()
+
+        def _discard(self) -> None:
+            self.too_large, self.expect_continue = True, False
+            self.body_rcv.getbuf().close()
+            self.body_rcv.buf = _Nothing()
+            if "100-continue" in self.headers.get("EXPECT", "").lower():
+                self.completed, self.error = True, RequestEntityTooLarge("")
+
+    class DialectError(ErrorTask):
+        def execute(self) -> None:
+            code = self.request.error.code
+            reason, text = _PARSE_ERRORS.get(code, _PARSE_ERRORS[400])
+            app.refused[reason] += 1
+            error = RequestError(text, status=code, kind="too_large" if code == 413 else "invalid_request", code=reason)
+            body = providers.dumps(face_of(getattr(self.request, "path", "")).render_error(error)).encode()
+            self.status = f"{code} {REASONS[code]}"
+            self.response_headers.append(("Content-Type", "application/json"))
+            self.set_close_on_finish()
+            self.content_length = len(body)
+            self.write(body)
+
+    class Channel(HTTPChannel):
+        parser_class = Parser
+        error_task_class = DialectError
+        stalled = False
+        began: float | None = None
+
+        def received(self, data: bytes) -> bool:
+            if self.request is None:
+                self.began = time.time()
+            taken: bool = super().received(data)
+            return taken
+
+        def received_late(self, now: float, seconds: float) -> bool:
+            """Has a request been on its way for too long? A deadline for the whole of it: one byte now and then is no
+            progress; a body that comes at a decent rate is."""
+            if self.request is None:
+                return not self.requests and self.began is None and now - self.creation_time > seconds
+            waited: float = now - (self.began or now)
+            return bool(waited > seconds + self.request.body_bytes_received / 16384)
+
+    return Channel
+
+
+_SINGLE = (
+    b"content-length",
+    b"transfer-encoding",
+    b"host",
+    b"authorization",
+    b"x-api-key",
+    b"content-type",
+    b"content-encoding",
+)
+_PARSE_ERRORS = {
+    400: ("malformed_http", "the HTTP request is malformed"),
+    413: ("request_too_large", "the body is larger than server.max_body_bytes"),
+    431: ("headers_too_large", "the request's headers are too large"),
+    500: ("internal", "internal error; the router's log tells more"),
+    501: ("malformed_http", "this Transfer-Encoding is not understood"),
+}
+
+
+class _Nothing:
+    """A buffer that keeps nothing."""
+
+    def append(self, data: bytes) -> None:
+        return None
+
+    def close(self) -> None:
+        return None
+
+    def __len__(self) -> int:
+        return 0
+
+
+def listen(settings: Server) -> socket.socket:
+    """The listening socket. Raises ConfigError if the address cannot be had."""
+    try:
+        if settings.unix_socket:
+            return _listen_unix(Path(settings.unix_socket))
+        family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError as e:
+        where = settings.unix_socket or f"{settings.host}:{settings.port}"
+        raise ConfigError(f"cannot listen on {where}: {e.strerror}") from None
+    return listener
+
+
+def _listen_unix(path: Path) -> socket.socket:
+    """A socket at this path; one that a dead process left behind is replaced, one that answers is not."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    if path.is_socket():
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            if probe.connect_ex(str(path)) == 0:
+                raise OSError(98, "Address already in use")
+        path.unlink()
+    listener.bind(str(path))
+    path.chmod(0o660)
+    listener.listen(2048)
+    return listener
+
+
+# Commands -------------------------------------------------------------------------------------------------------------
+class _Scrubbed(logging.Formatter):
+    """Program log lines: one line each, secrets taken out."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return telemetry.scrub(super().format(record))
+
+
+def start_logging() -> None:
+    """Send the program's own log lines to stderr. logging's habit of printing a record it failed to write is turned off:
+    it would print what was scrubbed."""
+    logging.raiseExceptions = False
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Scrubbed("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.getLogger("waitress").setLevel(logging.ERROR)  # it reports every client that leaves; the records tell that
+    logging.getLogger("urllib3").setLevel(logging.ERROR)
+
+
+def serve(args: Any) -> int:
+    """Run the router until a signal stops it."""
+    start_logging()
+    config = load(args.config)
+    listener = listen(config.server)
+    try:
+        app = App(config, source=Path(args.config).name)
+    except ConfigError:
+        listener.close()
+        raise
+    service = Service(app, listener)
+    where = config.server.unix_socket or "http://{}:{}".format(*listener.getsockname()[:2])
+    log.info("opensourcellmrouter %s listens on %s%s", __version__, where, config.server.url_prefix)
+    if not config.routers:
+        log.warning("%s has no [[routers]]: no request can be routed", args.config)
+    # What is alive now lives as long as the process: the collector need not look at it again with every request.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
+    return 0 if service.run() else 1
+
+
+def check(args: Any) -> int:
+    """Read and check the configuration, keys included, and start nothing."""
+    start_logging()
+    config = load(args.config)
+    app = App(dataclasses.replace(config, logging=Logging()), source=Path(args.config).name)
+    app.close()
+    print(f"{args.config}: ok, {len(app.pipeline.lanes)} of {len(config.providers)} providers, {len(config.routers)} rules")
+    return 0
+
+
+COMMANDS: dict[str, tuple[Callable[[Any], int], str]] = {
+    "serve": (serve, "run the router (the default)"),
+    "check": (check, "check the configuration and start nothing"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Exit codes: 0 ok, 1 a finding, 2 usage or configuration."""
+    import argparse
+
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or (words[0] not in COMMANDS and not words[0].startswith("-")):
+        words.insert(0, "serve")
+    parser = argparse.ArgumentParser(
+        prog="opensourcellmrouter", description="A small self-hosted LLM router with full sight of every request."
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (_, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("config", nargs="?", default="config.toml", help="the configuration file (default: config.toml)")
+    args = parser.parse_args(words)
+    try:
+        return COMMANDS[args.command][0](args)
+    except ConfigError as e:
+        print(telemetry.scrub(str(e)).replace("\n", " "), file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
