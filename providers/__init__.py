@@ -138,7 +138,8 @@ class Request:
 
     `tool_choice` is "auto", "none", "required" or a tool's name prefixed by "tool:". `response_format` is None,
     {"type": "json_object"} or {"type": "json_schema", "name", "schema", "strict"}. `reasoning` is the number of tokens the
-    model may think (0: not at all). `operation` is "chat", "embeddings" (then `inputs` is set) or "count_tokens". `router` holds the router's own fields: plugins, trace, session_id, models.
+    model may think (0: not at all). `operation` is "chat", "embeddings" (then `inputs` is set) or "count_tokens". `router`
+    holds the router's own fields: plugins, trace, session_id, models.
     """
 
     format: str
