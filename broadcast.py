@@ -1528,7 +1528,7 @@ def _converse(to: Target, body: bytes, wire: Wire) -> Answer:
         read = response.read(ANSWER_BYTES + 1)
         if response.length and len(read) <= ANSWER_BYTES:
             raise http.client.IncompleteRead(read, response.length)
-        return judge(response.status, dict(response.headers), read, to)
+        return judge(response.status, response.headers, read, to)
 
 
 def _gzip(body: bytes) -> bytes:
@@ -1536,7 +1536,7 @@ def _gzip(body: bytes) -> bytes:
     return packer.compress(body) + packer.flush()
 
 
-def judge(status: int, headers: Mapping[str, str], body: bytes, to: Target) -> Answer:
+def judge(status: int, headers: http.client.HTTPMessage, body: bytes, to: Target) -> Answer:
     """Success is a 2xx with nothing in it, or with an OTLP answer that rejects nothing."""
     if 300 <= status < 400:
         return Answer("redirect", f"Redirected (HTTP {status}); redirects are not followed", status)

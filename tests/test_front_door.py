@@ -608,9 +608,9 @@ def test_named_keys_open_and_their_names_are_recorded(router: RouterFactory) -> 
         rules=keys + '[[routers]]\ntype = "fallback"\n', environment={"ALICE": "key-alice-1", "BOB": "key-bob-22\n"}
     )
     assert process.chat().status == 401
-    for name, key in {"alice": "key-alice-1", "bob": "key-bob-22"}.items():
+    for count, (name, key) in enumerate({"alice": "key-alice-1", "bob": "key-bob-22"}.items(), 1):
         assert process.chat(headers={"x-api-key": key}).status == 200
-        assert process.records()[-1]["api_key_name"] == name
+        assert process.records(count)[-1]["api_key_name"] == name
     log = process.log.read_text()
     assert "key-alice-1" not in log
     assert "key-bob-22" not in log

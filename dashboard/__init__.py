@@ -1,0 +1,1 @@
+"""What people look at: one page, its script and style, nothing from outside."""
