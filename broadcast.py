@@ -3,16 +3,15 @@
 Strategy, in the order of this file:
 
 * `encode` is pure: one finished record in, one OTLP/HTTP JSON document out. Nothing a client sends can make it fail or
-  make it invalid; what does not fit is repaired and marked. With privacy on the content is never touched, so there is
-  nothing to strip.
+  make it invalid; what does not fit is repaired and marked. With privacy on, content is never touched: nothing to strip.
 * `Destination` is one place to send to. `TYPES` is the table of what each type needs and where it sends.
 * `Store` is the SQLite file: destinations made on the page, and one queue per destination. Every count lives in the same
   transaction as the rows it counts, so `accepted = delivered + dropped + queued` holds across kill -9.
 * `exchange` speaks HTTP once to an address that was checked, under one deadline, and judges the answer. It uses
-  http.client on a socket of ours: that has no redirects, retries, proxies or netrc to turn off, and the address that
+  http.client on a socket of ours: there are no redirects, retries, proxies or netrc to turn off, and the address that
   was checked is by construction the address connected to.
 * `Writer` (one thread) takes records from requests into the store; `Worker` (one thread per destination) takes them out.
-* `Broadcast` ties it together and answers the settings API.
+* `Broadcast` ties it together and answers the settings API; `replay` sends what a `file` destination wrote.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ import uuid
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -55,9 +54,7 @@ log = logging.getLogger("broadcast")
 Record = Mapping[str, Any]
 Pairs = list[tuple[str, Any]]
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The encoder
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------- the encoder
 
 LONGEST_VALUE: Final = 10_000_000  # OpenRouter's own limit
 LONGEST_KEY: Final = 256
@@ -66,11 +63,14 @@ MOST_METADATA: Final = 1_000  # keys of one `trace` object
 INLINE_MEDIA: Final = 4_096  # OpenRouter strips multimodal parts; a thumbnail or a URL is worth keeping
 
 INTERNAL, SERVER, CLIENT = 1, 2, 3
-RESERVED: Final = ("trace_id", "trace_name", "span_name", "generation_name", "parent_span_id")
+NANOS: Final = 1_000_000  # in a millisecond
+NAMES: Final = ("trace_name", "span_name", "generation_name")
+RESERVED: Final = ("trace_id", "parent_span_id", *NAMES)
 HEX32, HEX16 = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{16}")
 UUID_FORM = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 OUR_WORD = re.compile(r"[a-z][a-z0-9_.]{0,63}")
 REASONING_LEVELS: Final = frozenset(("none", "minimal", "low", "medium", "high", "xhigh", "max"))
+OUTPUT_TYPES: Final = {"json_schema": "json", "json_object": "json", "text": "text"}
 
 # All that a private destination learns of a failure: an upstream's own words may quote the prompt.
 # "The client has disconnected" and "Provider returned error" are OpenRouter's, so that its queries match.
@@ -98,80 +98,61 @@ def encode(
     record: Record, *, privacy: bool, service_name: str = "openrouter", service_version: str = "1.0.0"
 ) -> dict[str, Any]:
     """Give the OTLP/HTTP JSON document of one finished request; one `resourceSpans` entry per span, as OpenRouter does."""
-    about = [
-        ("service.name", service_name),
-        ("openrouter.trace.id", record["generation_id"]),
-        ("service.version", service_version),
-    ]
-    resource = {"attributes": _attributes(about)}
-    return _document(resource, _spans(record, privacy, service_name))
+    about = {"service.name": service_name, "openrouter.trace.id": record["generation_id"], "service.version": service_version}
+    return _document(list(about.items()), _spans(record, privacy, service_name))
 
 
-def _document(resource: dict[str, Any], spans: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    scope = {"name": "openrouter"}
-    return {
-        "resourceSpans": [
-            {"resource": resource, "scopeSpans": [{"scope": scope, "spans": [span]}]} for span in spans
-        ]
-    }
+def _document(about: Pairs, spans: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    resource, scope = {"attributes": _attributes(about)}, {"name": "openrouter"}
+    return {"resourceSpans": [{"resource": resource, "scopeSpans": [{"scope": scope, "spans": [span]}]} for span in spans]}
 
 
 def to_bytes(document: Mapping[str, Any]) -> bytes:
     return json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
-ENVELOPE: Final = (b'{"resourceSpans":[', b"]}")
-
-
 def fragment(document: Mapping[str, Any]) -> bytes:
     """The entries without their envelope: what is queued, so that a batch is a join."""
-    return to_bytes(document)[len(ENVELOPE[0]) : -len(ENVELOPE[1])]
+    return to_bytes(document)[len(b'{"resourceSpans":[') : -len(b"]}")]
 
 
 def envelope(fragments: Iterable[bytes]) -> bytes:
-    return ENVELOPE[0] + b",".join(fragments) + ENVELOPE[1]
+    return b'{"resourceSpans":[' + b",".join(fragments) + b"]}"
 
 
 def _spans(record: Record, privacy: bool, service_name: str) -> list[dict[str, Any]]:
     """The optional spans above, the generation, then one child per attempt and one for the answer's body."""
-    given = record.get("trace") or {}
-    generation_id = record["generation_id"]
-    trace_id = _trace_id(given.get("trace_id"), generation_id)
-    start, end = _window(record)
+    given, generation_id, whole = record.get("trace") or {}, record["generation_id"], _window(record)
+    trace_id, parent, names = _trace_id(given.get("trace_id"), generation_id), _parent(given), _names(given)
     failure = _failure(record, privacy)
+    made: list[dict[str, Any]] = []
 
-    def span(
-        seed: str, parent: str | None, name: str, kind: int, window: tuple[int, int], failed: str | None, pairs: Pairs
-    ) -> dict[str, Any]:
-        made: dict[str, Any] = {"traceId": trace_id, "spanId": _hash(seed)[:16], "parentSpanId": parent, "name": _name(name), "kind": kind}
-        made |= {"startTimeUnixNano": _nanos(window[0]), "endTimeUnixNano": _nanos(window[1])}
-        made |= {"status": {"code": 2, "message": _clean(failed)[0]} if failed else {"code": 1}}
-        made["attributes"] = _attributes(pairs)
-        return {key: value for key, value in made.items() if value is not None}
+    def add(seed: str, name: str, kind: int, window: tuple[int, int], failed: str | None, pairs: Pairs) -> dict[str, Any]:
+        span: dict[str, Any] = {"traceId": trace_id, "spanId": _hash(seed)[:16]}
+        span |= {"parentSpanId": parent} if parent else {}
+        span |= {"name": _clean(name, LONGEST_NAME)[0], "kind": kind}
+        span |= {"startTimeUnixNano": str(window[0] * NANOS), "endTimeUnixNano": str(window[1] * NANOS)}
+        span |= {"status": {"code": 2, "message": _clean(failed)[0]} if failed else {"code": 1}}
+        made.append(span | {"attributes": _attributes(pairs)})
+        return made[-1]
 
-    parent, made = _parent(given), []
     for key, suffix in (("trace_name", "trace"), ("span_name", "span")):
-        if name := _given_name(given, key):
+        if name := names[key]:
             seed = f"{generation_id}:{suffix}"
-            made.append(span(seed, parent, name, INTERNAL, (start, end), failure, _child(record, seed, failure)))
-            parent = made[-1]["spanId"]
-    name = _given_name(given, "generation_name") or "LLM Generation"
-    pairs = _generation(record, privacy, failure, service_name) + _metadata(given, trace_id)
-    root = span(generation_id, parent, name, CLIENT, (start, end), failure, pairs)
+            parent = add(seed, name, INTERNAL, whole, failure, _child(record, seed, failure))["spanId"]
+    pairs = _generation(record, privacy, failure, service_name) + _metadata(given, trace_id, names)
+    root = add(generation_id, names["generation_name"] or "LLM Generation", CLIENT, whole, failure, pairs)
     if failure:
-        root["events"] = [_exception(failure, root["endTimeUnixNano"])]
-    made.append(root)
+        said = _attributes([("exception.type", "Error"), ("exception.message", failure)])
+        root["events"] = [{"timeUnixNano": root["endTimeUnixNano"], "name": "exception", "attributes": said}]
+    parent = root["spanId"]
     for seed, name, window, failed, pairs in _parts(record, privacy):
-        made.append(span(seed, root["spanId"], name, SERVER, window, failed, pairs))
+        add(seed, name, SERVER, window, failed, pairs)
     return made
 
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _nanos(ms: int) -> str:
-    return str(ms * 1_000_000)
 
 
 def _window(record: Record) -> tuple[int, int]:
@@ -195,13 +176,18 @@ def _parent(given: Mapping[str, Any]) -> str | None:
     return plain if HEX16.fullmatch(plain) and plain.strip("0") else None
 
 
-def _given_name(given: Mapping[str, Any], key: str) -> str | None:
-    name = given.get(key)
-    return _name(name) if isinstance(name, str) and name.strip() else None
+def _names(given: Mapping[str, Any]) -> dict[str, str | None]:
+    wanted = {key: given.get(key) for key in NAMES}
+    return {k: _clean(name, LONGEST_NAME)[0] if isinstance(name, str) and name.strip() else None for k, name in wanted.items()}
 
 
-def _name(text: str) -> str:
-    return _clean(text, LONGEST_NAME)[0]
+def _metadata(given: Mapping[str, Any], trace_id: str, names: Mapping[str, Any]) -> Pairs:
+    """The client's own keys; a reserved one too if what was sent is not what is shown."""
+    shown = {"trace_id": trace_id, "parent_span_id": _parent(given), **names}
+    kept = {key: value for key, value in given.items() if key not in RESERVED or value != shown[key]}
+    pairs: Pairs = [("trace.metadata.truncated", True)] if len(kept) > MOST_METADATA else []
+    taken = islice(kept.items(), MOST_METADATA)
+    return pairs + [(f"trace.metadata.{key}", "null" if value is None else value) for key, value in taken]
 
 
 def _failure(record: Record, privacy: bool) -> str | None:
@@ -215,35 +201,18 @@ def _told(outcome: str, error_type: Any, error: Any, privacy: bool) -> str:
 
 
 def _error_type(given: Any, otherwise: str) -> str:
-    """Only a word of ours: an upstream's free text has no place in an attribute that is also sent in private."""
+    """Only a word of ours: an upstream's free text has no place in an attribute that also goes out in private."""
     return given if isinstance(given, str) and OUR_WORD.fullmatch(given) else otherwise
-
-
-def _exception(failure: str, at: str) -> dict[str, Any]:
-    pairs = [("exception.type", "Error"), ("exception.message", failure)]
-    return {"timeUnixNano": at, "name": "exception", "attributes": _attributes(pairs)}
-
-
-def _metadata(given: Mapping[str, Any], trace_id: str) -> Pairs:
-    """The client's own keys; a reserved one too if what was sent is not what is shown."""
-    shown = {"trace_id": trace_id, "parent_span_id": _parent(given)}
-    shown |= {key: _given_name(given, key) for key in ("trace_name", "span_name", "generation_name")}
-    kept = {key: value for key, value in given.items() if key not in RESERVED or value != shown[key]}
-    pairs: Pairs = [("trace.metadata.truncated", True)] if len(kept) > MOST_METADATA else []
-    for key, value in islice(kept.items(), MOST_METADATA):
-        pairs.append((f"trace.metadata.{key}", "null" if value is None else value))
-    return pairs
 
 
 def _generation(record: Record, privacy: bool, failure: str | None, service_name: str) -> Pairs:
     """Every attribute of the generation span that we know, in OpenRouter's words and in the current GenAI ones."""
-    get, ok = record.get, failure is None
-    answer, attempts = get("response") or {}, get("attempts") or []
+    get, ok, vendor = record.get, failure is None, _vendor(record)
+    answer, attempts, provider = get("response") or {}, get("attempts") or [], get("provider")
     responses = _json([_provider_response(attempt) for attempt in attempts]) if attempts else None
-    vendor = _vendor(record)
     finish = answer.get("finish_reason") if ok else None
     return [
-        ("trace.name", _given_name(get("trace") or {}, "trace_name") or "OpenRouter Request"),
+        ("trace.name", _names(get("trace") or {})["trace_name"] or "OpenRouter Request"),
         ("user.id", get("user")),
         ("session.id", get("session_id")),
         ("gen_ai.conversation.id", get("session_id")),
@@ -271,8 +240,8 @@ def _generation(record: Record, privacy: bool, failure: str | None, service_name
         ("trace.metadata.openrouter.source", service_name),
         ("trace.metadata.openrouter.api_key_name", get("api_key_name")),
         *_timings(record, attempts[-1] if attempts else {}),
-        ("trace.metadata.openrouter.provider_name", get("provider")),
-        ("trace.metadata.openrouter.provider_slug", get("provider")),
+        ("trace.metadata.openrouter.provider_name", provider),
+        ("trace.metadata.openrouter.provider_slug", "-".join(provider.lower().split()) if provider else None),
         ("trace.metadata.openrouter.finish_reason", answer.get("native_finish_reason") if ok else None),
     ]
 
@@ -283,41 +252,32 @@ def _level(failure: str | None) -> Pairs:
 
 def _vendor(record: Record) -> str | None:
     """The model's author, as OpenRouter has it: the part before the slash; else who made what served it."""
-    for model in (record.get("requested_model"), record.get("sent_model")):
-        author, slash, _ = str(model or "").partition("/")
-        if author and slash:
-            return author
-    return record.get("vendor") or record.get("provider_format") or record.get("provider")
+    models = (str(record.get(key) or "").partition("/") for key in ("requested_model", "sent_model"))
+    author = next((author for author, slash, _ in models if author and slash), None)
+    return author or record.get("vendor") or record.get("provider_format") or record.get("provider")
 
 
 def _provider_response(attempt: Mapping[str, Any]) -> dict[str, Any]:
     headers = attempt.get("headers_ms")
-    return {
-        "id": attempt.get("request_id"),
-        "provider_name": attempt.get("provider"),
-        "status": attempt.get("status"),
-        "latency": round(_positive(attempt.get("duration_ms") if headers is None else headers)),
-        "is_byok": False,
-        "model_permaslug": attempt.get("model"),
-    }
+    latency = round(_positive(attempt.get("duration_ms") if headers is None else headers))
+    about = {"id": attempt.get("request_id"), "provider_name": attempt.get("provider"), "status": attempt.get("status")}
+    return about | {"latency": latency, "is_byok": False, "model_permaslug": attempt.get("model")}
 
 
 def _parameters(record: Record) -> Pairs:
     request = record.get("request") or {}
-    limit = next((request[key] for key in ("max_tokens", "max_completion_tokens", "max_output_tokens") if key in request), None)
+    limits = (request.get(key) for key in ("max_tokens", "max_completion_tokens", "max_output_tokens"))
     reasoning, shape = request.get("reasoning"), request.get("response_format")
     level = request.get("reasoning_effort") or (reasoning.get("effort") if isinstance(reasoning, dict) else None)
-    kind = shape.get("type") if isinstance(shape, dict) else None
+    doubles = ("temperature", "top_p", "frequency_penalty", "presence_penalty")
     return [
-        *((f"gen_ai.request.{key}", _double(request.get(key))) for key in ("temperature", "top_p")),
-        *((f"gen_ai.request.{key}", _double(request.get(key))) for key in ("frequency_penalty", "presence_penalty")),
-        ("gen_ai.request.max_tokens", _count(limit)),
-        ("gen_ai.request.top_k", _count(request.get("top_k"))),
-        ("gen_ai.request.seed", _count(request.get("seed"))),
+        *((f"gen_ai.request.{key}", _double(request.get(key))) for key in doubles),
+        ("gen_ai.request.max_tokens", next((limit for limit in map(_count, limits) if limit is not None), None)),
+        *((f"gen_ai.request.{key}", _count(request.get(key))) for key in ("top_k", "seed")),
         ("gen_ai.request.choice.count", _count(request.get("n")) if request.get("n") != 1 else None),
         ("gen_ai.request.reasoning.level", level if isinstance(level, str) and level in REASONING_LEVELS else None),
         ("gen_ai.request.stream", True if record.get("stream") else None),
-        ("gen_ai.output.type", {"json_schema": "json", "json_object": "json", "text": "text"}.get(str(kind))),
+        ("gen_ai.output.type", OUTPUT_TYPES.get(str(shape.get("type"))) if isinstance(shape, dict) else None),
     ]
 
 
@@ -326,14 +286,13 @@ def _usage(record: Record, ok: bool) -> Pairs:
     usage = (record.get("response") or {}).get("usage") or {}
     count = {key: _count(value) for key, value in usage.items()} if record.get("usage_source") != "none" else {}
     read, written, thought = (count.get(f"{key}_tokens") for key in ("cached_input", "cache_write_input", "reasoning"))
-    sent, made = count.get("input_tokens"), count.get("output_tokens")
-    cost = record.get("cost") or {}
-    cost = cost if ok or cost.get("source") == "reported" else {}
+    sent, made, cost = count.get("input_tokens"), count.get("output_tokens"), record.get("cost") or {}
+    cost = {key: _double(value) for key, value in cost.items()} if ok or cost.get("source") == "reported" else {}
     return [
         ("gen_ai.usage.input_tokens", sent),
         ("gen_ai.usage.output_tokens", made),
         ("gen_ai.usage.total_tokens", sent + made if sent is not None and made is not None else None),
-        *((f"gen_ai.usage.{key}_cost", _double(cost.get(key))) for key in ("input", "output", "total")),
+        *((f"gen_ai.usage.{key}_cost", cost.get(key)) for key in ("input", "output", "total")),
         ("gen_ai.usage.input_tokens.cached", read),
         ("gen_ai.usage.input_tokens.cache_write", written),
         ("gen_ai.usage.output_tokens.reasoning", thought),
@@ -341,18 +300,16 @@ def _usage(record: Record, ok: bool) -> Pairs:
         ("gen_ai.usage.cache_creation.input_tokens", written),
         ("gen_ai.usage.cache_write.input_tokens", written),
         ("gen_ai.usage.reasoning.output_tokens", thought),
-        *((f"trace.metadata.openrouter.{key}", _double(cost.get(key))) for key in ("input_unit_price", "output_unit_price")),
+        *((f"trace.metadata.openrouter.{key}", cost.get(key)) for key in ("input_unit_price", "output_unit_price")),
     ]
 
 
 def _timings(record: Record, served: Mapping[str, Any]) -> Pairs:
-    """Milliseconds from the request's start, from the attempt that answered (the last one)."""
-    start, first = _double(served.get("start_ms")), _double(record.get("ttft_ms"))
-    headers, length = _double(served.get("headers_ms")), _double(served.get("duration_ms"))
+    """Milliseconds since the request's start, from the attempt that answered (the last one)."""
+    start, headers, length = (_double(served.get(key)) for key in ("start_ms", "headers_ms", "duration_ms"))
+    first, prefix = _double(record.get("ttft_ms")), "trace.metadata.openrouter."
     end = start + length if start is not None and length is not None else None
     made = _count(((record.get("response") or {}).get("usage") or {}).get("output_tokens")) or 0
-    between = (end - first) / (made - 1) if end is not None and first is not None and made > 1 else None
-    prefix = "trace.metadata.openrouter."
     return [
         (prefix + "router_latency_ms", _double(record.get("overhead_ms"))),
         (prefix + "provider_request_ms", start),
@@ -360,19 +317,14 @@ def _timings(record: Record, served: Mapping[str, Any]) -> Pairs:
         (prefix + "first_token_ms", first),
         (prefix + "provider_body_end_ms", end),
         (prefix + "provider_time_to_first_token_ms", _double(served.get("first_token_ms"))),
-        (prefix + "inter_token_latency_ms", between),
+        (prefix + "inter_token_latency_ms", (end - first) / (made - 1) if end and first and made > 1 else None),
         ("gen_ai.response.time_to_first_chunk", first / 1000 if first is not None and record.get("stream") else None),
     ]
 
 
 def _child(record: Record, seed: str, failure: str | None) -> Pairs:
     operation = record.get("operation") or "chat"
-    return [
-        ("span.type", "span"),
-        *_level(failure),
-        ("gen_ai.operation.name", operation),
-        ("gen_ai.response.id", seed),
-    ]
+    return [("span.type", "span"), *_level(failure), ("gen_ai.operation.name", operation), ("gen_ai.response.id", seed)]
 
 
 def _parts(record: Record, privacy: bool) -> Iterator[tuple[str, str, tuple[int, int], str | None, Pairs]]:
@@ -382,21 +334,20 @@ def _parts(record: Record, privacy: bool) -> Iterator[tuple[str, str, tuple[int,
         begun = min(end, start + round(_positive(attempt.get("start_ms"))))
         over = min(end, begun + round(_positive(attempt.get("duration_ms"))))
         failed = _attempt_failure(attempt, privacy)
-        headers = None if failed or attempt.get("headers_ms") is None else _positive(attempt["headers_ms"])
-        turn = over if headers is None else min(over, begun + round(headers))
+        answered = not failed and attempt.get("headers_ms") is not None
+        turn = min(over, begun + round(_positive(attempt["headers_ms"]))) if answered else over
         seed = f"{record['generation_id']}:attempt-{index}"
         pairs = _child(record, seed, failed) + _attempt(attempt, index, failed)
         yield seed, f"provider attempt {index + 1}: {attempt.get('provider')}", (begun, turn), failed, pairs
-        if headers is not None:
+        if answered:
             seed = f"{record['generation_id']}:generation"
             yield seed, "generation", (turn, over), None, _child(record, seed, None)
 
 
 def _attempt_failure(attempt: Mapping[str, Any], privacy: bool) -> str | None:
-    if not attempt.get("error") and not attempt.get("error_type"):
-        return None
-    kind = attempt.get("error_type")
-    return _told("cancelled" if kind == "client_disconnected" else "error", kind, attempt.get("error"), privacy)
+    error, kind = attempt.get("error"), attempt.get("error_type")
+    outcome = "cancelled" if kind == "client_disconnected" else "error"
+    return _told(outcome, kind, error, privacy) if error or kind else None
 
 
 def _attempt(attempt: Mapping[str, Any], index: int, failed: str | None) -> Pairs:
@@ -415,7 +366,7 @@ def _attempt(attempt: Mapping[str, Any], index: int, failed: str | None) -> Pair
 
 
 def _content(record: Record) -> Pairs:
-    """Prompt and answer, only ever called for a destination that may have them."""
+    """Prompt and answer; only ever called for a destination that may have them."""
     system, messages = record.get("system"), [_slim(message) for message in record.get("messages") or []]
     prompt = _json({"messages": [{"role": "system", "content": system}, *messages] if system else messages})
     answer, tools, request = record.get("response"), record.get("tools"), record.get("request") or {}
@@ -435,12 +386,7 @@ def _content(record: Record) -> Pairs:
 
 def _completion(answer: Mapping[str, Any], tools: Any, request: Any) -> dict[str, Any]:
     calls = [
-        {
-            "id": call.get("id"),
-            "index": index,
-            "type": "function",
-            "function": {"name": call.get("name"), "arguments": call.get("arguments")},
-        }
+        {"id": call.get("id"), "index": index, "type": "function", "function": {k: call.get(k) for k in ("name", "arguments")}}
         for index, call in enumerate(answer.get("tool_calls") or [])
     ]
     said = {"completion": answer.get("content"), "reasoning": answer.get("reasoning"), "toolCalls": calls}
@@ -466,38 +412,33 @@ def _left_out(value: Any) -> Any:
     return [_left_out(item) for item in value] if isinstance(value, list) else value
 
 
+def _image(block: dict[str, Any]) -> dict[str, Any]:
+    inline = {"type": "blob", "modality": "image", "mime_type": block.get("media_type"), "content": block.get("data")}
+    return {"type": "uri", "modality": "image", "uri": block["url"]} if "url" in block else inline
+
+
 PARTS: Final[dict[str, Callable[[dict[str, Any]], dict[str, Any]]]] = {
     "text": lambda b: {"type": "text", "content": b.get("text")},
     "thinking": lambda b: {"type": "reasoning", "content": b.get("thinking")},
     "tool_use": lambda b: {"type": "tool_call", "id": b.get("id"), "name": b.get("name"), "arguments": b.get("input")},
     "tool_result": lambda b: {"type": "tool_call_response", "id": b.get("tool_use_id"), "response": b.get("content")},
-    "image": lambda b: (
-        {"type": "uri", "modality": "image", "uri": b["url"]}
-        if "url" in b
-        else {"type": "blob", "modality": "image", "mime_type": b.get("media_type"), "content": b.get("data")}
-    ),
+    "image": _image,
 }
 
 
-def _part(block: Any) -> Any:
-    make = PARTS.get(str(block.get("type"))) if isinstance(block, dict) else None
-    return make(block) if make else block
+def _blocks(message: Any) -> list[Any]:
+    content = message.get("content") if isinstance(message, dict) else None
+    return content if isinstance(content, list) else [{"type": "text", "text": content}]
 
 
-def _message(message: Any) -> Any:
-    if not isinstance(message, dict):
-        return message
-    content = message.get("content")
-    blocks = content if isinstance(content, list) else [{"type": "text", "text": content}]
-    return {"role": message.get("role"), "parts": [_part(block) for block in blocks]}
+def _message(message: Any) -> dict[str, Any]:
+    parts = [PARTS.get(str(b.get("type")), dict)(b) if isinstance(b, dict) else b for b in _blocks(message)]
+    return {"role": message.get("role") if isinstance(message, dict) else None, "parts": parts}
 
 
 def _output_message(answer: Mapping[str, Any]) -> dict[str, Any]:
-    parts: list[dict[str, Any]] = []
-    if answer.get("reasoning"):
-        parts.append({"type": "reasoning", "content": answer["reasoning"]})
-    if answer.get("content"):
-        parts.append({"type": "text", "content": answer["content"]})
+    said = (("reasoning", answer.get("reasoning")), ("text", answer.get("content")))
+    parts: list[dict[str, Any]] = [{"type": kind, "content": text} for kind, text in said if text]
     for call in answer.get("tool_calls") or []:
         parts.append({"type": "tool_call", **{key: call.get(key) for key in ("id", "name", "arguments")}})
     return {"role": "assistant", "parts": parts, "finish_reason": answer.get("finish_reason")}
@@ -528,7 +469,7 @@ def _number(value: bool | int | float) -> dict[str, Any]:
 
 
 def _not_finite(value: float) -> str:
-    return "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
 def _digits(value: int) -> str:
@@ -541,8 +482,7 @@ def _digits(value: int) -> str:
 def _key(wanted: str, taken: Mapping[str, Any]) -> str:
     """A key nobody has yet: cut, repaired or doubled ones end in a digest of what was sent."""
     key, marks = _clean(wanted, LONGEST_KEY)
-    if marks:
-        key = f"{key}~{_hash(wanted)[:8]}"
+    key = f"{key}~{_hash(wanted)[:8]}" if marks else key
     while key in taken:
         key = f"{key[:LONGEST_KEY]}~{_hash(key)[:8]}"
     return key
@@ -550,9 +490,7 @@ def _key(wanted: str, taken: Mapping[str, Any]) -> str:
 
 def _clean(text: str, most: int = LONGEST_VALUE) -> tuple[str, list[str]]:
     """Text that is valid UTF-8 without NUL (which databases behind a receiver refuse), and what was done to it."""
-    marks = []
-    if len(text) > most:
-        text, marks = text[:most], ["truncated"]
+    text, marks = (text[:most], ["truncated"]) if len(text) > most else (text, [])
     if text.isascii() and "\0" not in text:
         return text, marks
     # Through UTF-16, so that two halves that belong together become the character they spell.
@@ -587,30 +525,24 @@ def _count(value: Any) -> int | None:
 
 
 def _double(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e300:
         return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
+    return float(value) if math.isfinite(value) else None
 
 
 def _positive(value: Any) -> float:
     return max(0.0, min(_double(value) or 0.0, 1e12))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Destinations: what each type needs, and where it sends
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------ destinations: what each type needs, where it sends
 
 
 class BadAddress(ValueError):
-    """A URL we do not send to; in the settings API this is a failed test rather than a malformed request."""
+    """A URL we do not send to; in the settings API that is a failed test rather than a malformed request."""
 
 
 class Target(NamedTuple):
-    """Where one request goes. Not a dataclass, and never logged: the path and the headers may hold secrets."""
+    """Where one request goes."""
 
     scheme: str
     host: str
@@ -618,7 +550,10 @@ class Target(NamedTuple):
     path: str
     method: str
     headers: dict[str, str]
-    plain: bool  # a webhook's receiver seldom inflates gzip and may answer in its own words
+    plain: bool  # a webhook's program seldom inflates gzip, and answers in its own words
+
+    def __repr__(self) -> str:  # path and headers may hold secrets
+        return f"Target({self.authority!r})"
 
     @property
     def origin(self) -> tuple[str, str, int]:
@@ -644,16 +579,16 @@ GRAFANA_HOME: Final = "https://otlp-gateway-prod-us-west-0.grafana.net"  # OpenR
 
 # Where a request may not go, however the address is spelled: link-local (cloud metadata lives there) and the two
 # metadata addresses outside of it.
-REFUSED: Final = tuple(
-    ipaddress.ip_network(net) for net in ("169.254.0.0/16", "fe80::/10", "fd00:ec2::254/128", "100.100.100.200/32")
-)
-CARRIES_V4: Final = tuple(ipaddress.ip_network(net) for net in ("64:ff9b::/96", "::/96"))
+REFUSED: Final = tuple(map(ipaddress.ip_network, ("169.254.0.0/16", "fe80::/10", "fd00:ec2::254/128", "100.100.100.200/32")))
+CARRIES_V4: Final = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("::/96"))
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-Listening = Callable[[], Iterable[tuple[str, int]]]
+Own = Iterable[tuple[str, int]]  # where this router itself listens
+Listening = Callable[[], Own]
+Search = Callable[[str, str], bool]
 
 
-def _doc(text: str) -> Mapping[str, str]:
-    return {"doc": text}
+def _doc(line: str) -> dict[str, str]:
+    return {"doc": line}
 
 
 @dataclass(frozen=True, repr=False)
@@ -676,9 +611,11 @@ class Destination:
     method: str = field(default="POST", metadata=_doc("webhook: POST or PUT"))
     path: str = field(default="", metadata=_doc("file: one OTLP JSON request per line, mode 0600"))
     privacy_mode: bool = field(default=False, metadata=_doc("true: no prompt, answer or tool argument ever goes there"))
-    sampling_rate: float = field(default=1.0, metadata=_doc("0.0001-1, whole sessions"))
-    api_keys: tuple[str, ...] = field(default=(), metadata=_doc("names of [[api_keys]]; empty: all"))
-    filter_rules: dict[str, Any] = field(default_factory=dict, metadata=_doc("{enabled, groups = [{logic, rules = [{field, operator, value}]}]}"))
+    sampling_rate: float = field(default=1.0, metadata=_doc("0.0001-1, of whole sessions"))
+    api_keys: tuple[str, ...] = field(default=(), metadata=_doc("names of [[api_keys]] whose requests it takes; empty: all"))
+    filter_rules: dict[str, Any] = field(
+        default_factory=dict, metadata=_doc("{enabled, groups = [{logic, rules = [{field, operator, value}]}]}")
+    )
 
     def __post_init__(self) -> None:
         if not self.name or len(self.name) > 128 or not self.name.isprintable():
@@ -693,12 +630,12 @@ class Destination:
         if self.type != "file":
             target(self)
 
-    def __repr__(self) -> str:
+    def __repr__(self) -> str:  # most other fields may hold secrets
         return f"Destination({self.name!r}, {self.type!r})"
 
 
 class Kind(NamedTuple):
-    """One destination type: its own fields, and what they become."""
+    """One destination type: its own fields, and the URL and headers they become."""
 
     required: tuple[str, ...]
     optional: tuple[str, ...]
@@ -716,42 +653,37 @@ def _home(url: str, scheme: str, ending: str, *strip: str) -> str:
 
 def _region(given: str, home: str) -> str:
     """A region's endpoint as it is, unless it is only a host."""
-    if not given:
-        return home
-    has_path = urllib.parse.urlsplit(given if "://" in given else f"https://{given}").path.strip("/")
-    return given if has_path and "://" in given else _home(given, "https", "/v1/traces", "/v1/traces")
-
-
-def _secret(value: str, prefix: str = "") -> str:
-    """A key without what is often pasted along with it."""
-    value = value.strip()
-    return value[len(prefix) :].strip() if prefix and value.lower().startswith(prefix) else value
+    given = given.strip()
+    if "://" in given and urllib.parse.urlsplit(given).path.strip("/"):
+        return given
+    return _home(given, "https", "/v1/traces", "/v1/traces") if given else home
 
 
 def _grafana(d: Destination) -> tuple[str, dict[str, str]]:
-    joined = base64.b64encode(f"{d.instance_id.strip()}:{_secret(d.api_key)}".encode()).decode()
+    joined = base64.b64encode(f"{d.instance_id.strip()}:{d.api_key.strip()}".encode()).decode()
     url = _home(d.base_url or GRAFANA_HOME, "https", "/otlp/v1/traces", "/v1/traces", "/otlp")
     return url, {"Authorization": f"Basic {joined}"}
 
 
 def _axiom(d: Destination) -> tuple[str, dict[str, str]]:
-    headers = {"Authorization": f"Bearer {_secret(d.token, 'bearer ')}", "X-Axiom-Dataset": d.dataset}
+    token = re.sub(r"(?i)^bearer\s+", "", d.token.strip())  # pasted with the word in front
+    headers = {"Authorization": f"Bearer {token}", "X-Axiom-Dataset": d.dataset.strip()}
     return _region(d.endpoint, "https://api.axiom.co/v1/traces"), headers
 
 
 def _honeycomb(d: Destination) -> tuple[str, dict[str, str]]:
-    headers = {"x-honeycomb-team": _secret(d.api_key)} | ({"x-honeycomb-dataset": d.dataset} if d.dataset else {})
-    return _region(d.endpoint, "https://api.honeycomb.io/v1/traces"), headers
+    dataset = {"x-honeycomb-dataset": d.dataset.strip()} if d.dataset else {}
+    return _region(d.endpoint, "https://api.honeycomb.io/v1/traces"), {"x-honeycomb-team": d.api_key.strip()} | dataset
 
 
 def _lightstep(d: Destination) -> tuple[str, dict[str, str]]:
-    headers = {"lightstep-access-token": _secret(d.access_token)}
-    return _region(d.endpoint, "https://ingest.lightstep.com/v1/traces"), headers
+    return _region(d.endpoint, "https://ingest.lightstep.com/v1/traces"), {"lightstep-access-token": d.access_token.strip()}
 
 
-def _receiver(header: str) -> Callable[[Destination], tuple[str, dict[str, str]]]:
+def _receiver(tenant_header: str) -> Callable[[Destination], tuple[str, dict[str, str]]]:
     def place(d: Destination) -> tuple[str, dict[str, str]]:
-        return _home(d.base_url, "http", "/v1/traces", "/v1/traces"), {header: d.tenant} if d.tenant else {}
+        url = _home(d.base_url, "http", "/v1/traces", "/v1/traces")
+        return url, {tenant_header: d.tenant.strip()} if d.tenant else {}
 
     return place
 
@@ -767,26 +699,23 @@ TYPES: Final[dict[str, Kind]] = {
     "webhook": Kind(("url",), ("method", "headers"), lambda d: (d.url.strip(), {})),
     "file": Kind(("path",), (), lambda d: ("", {})),
 }
-SHARED: Final = frozenset(("name", "type", "enabled", "privacy_mode", "sampling_rate", "api_keys", "filter_rules"))
+SHARED: Final = ("name", "type", "enabled", "privacy_mode", "sampling_rate", "api_keys", "filter_rules")
 OWN_FIELDS: Final = tuple(f.name for f in fields(Destination) if f.name not in SHARED)
-IN_A_HEADER: Final = ("instance_id", "api_key", "token", "dataset", "tenant", "access_token")
-
-
-def _default(name: str) -> Any:
-    made = next(f for f in fields(Destination) if f.name == name)
-    return made.default if made.default is not MISSING else {}
+URLS: Final = ("endpoint", "base_url", "url")
 
 
 def _check_fields(d: Destination) -> None:
-    kind = TYPES[d.type]
+    """The type's own fields: those it needs, none of another's, and nothing a header cannot carry."""
+    required, optional, _ = TYPES[d.type]
     for name in OWN_FIELDS:
-        given = getattr(d, name) not in (_default(name), "", {})
-        if given and name not in kind.required + kind.optional:
-            raise ValueError(f"{name}: type {d.type} has no such field, only {', '.join(kind.required + kind.optional)}")
-        if not given and name in kind.required:
+        value = getattr(d, name)
+        given = value not in ("", {}) and (name, value) != ("method", "POST")
+        if given and name not in required + optional:
+            raise ValueError(f"{name}: type {d.type} has no such field, only {', '.join(required + optional)}")
+        if not given and name in required:
             raise ValueError(f"{name}: required for type {d.type}")
-    for name in IN_A_HEADER:
-        if (value := getattr(d, name)) and not HEADER_VALUE.fullmatch(value.strip()):
+        in_a_header = name not in (*URLS, "headers", "method", "path")
+        if given and in_a_header and not HEADER_VALUE.fullmatch(value.strip()):
             raise ValueError(f"{name}: holds a character that a header cannot carry; paste it again")
     if d.instance_id and not re.fullmatch(r"[0-9]{1,20}", d.instance_id.strip()):
         raise ValueError("instance_id: must be digits only; it is the number on the stack's page")
@@ -798,39 +727,38 @@ def check_headers(headers: Mapping[str, Any]) -> None:
     """Raise ValueError for a header that we set ourselves, that is no header, or that comes twice."""
     if len(headers) > MOST_HEADERS:
         raise ValueError(f"headers: at most {MOST_HEADERS}")
-    seen = set()
+    doubled = [name for name, n in Counter(map(str.lower, headers)).items() if n > 1]
+    if doubled:
+        raise ValueError(f"headers.{doubled[0]}: given twice in different spellings")
     for name, value in headers.items():
-        place = f"headers.{name}" if HEADER_NAME.fullmatch(name) else "headers"
-        if place == "headers":
+        if not HEADER_NAME.fullmatch(name):
             raise ValueError("headers: a name is empty, too long or holds a character that names cannot have")
-        if name.lower() in seen:
-            raise ValueError(f"{place}: given twice in different spellings")
-        seen.add(name.lower())
         if name.lower() in NOT_YOURS and (name.lower(), value) != ("content-type", "application/json"):
-            raise ValueError(f"{place}: is set by the router itself; leave it out")
+            raise ValueError(f"headers.{name}: is set by the router itself; leave it out")
         if not isinstance(value, str) or not HEADER_VALUE.fullmatch(value.strip(" \t")):
-            raise ValueError(f"{place}: must be text without line breaks, control or non-latin-1 characters")
+            raise ValueError(f"headers.{name}: must be text without line breaks, control or non-latin-1 characters")
 
 
 def target(d: Destination) -> Target:
-    """Where `d` sends, from the type's table; raises ValueError, for a URL BadAddress."""
+    """Where `d` sends, by the type's table; raises ValueError, for a URL BadAddress."""
     url, own = TYPES[d.type].place(d)
-    doubled = {name.lower() for name in own} & {name.lower() for name in d.headers}
-    if doubled:
+    if doubled := {name.lower() for name in own} & {name.lower() for name in d.headers}:
         raise ValueError(f"headers.{min(doubled)}: type {d.type} sets it from its own fields")
     given = {name: value.strip(" \t") for name, value in d.headers.items() if name.lower() != "content-type"}
-    key = next(name for name in ("base_url", "url", "endpoint") if name in TYPES[d.type].required + TYPES[d.type].optional)
+    kind = TYPES[d.type]
+    key = next(name for name in URLS if name in kind.required + kind.optional)
     return Target(*split_url(url, key), d.method, given | own, d.type == "webhook")
 
 
 def split_url(url: str, key: str) -> tuple[str, str, int, str]:
-    """Scheme, host, port and path of a URL we would send to; raises BadAddress with the cure."""
+    """Scheme, host, port and path of a URL we would send to; raises BadAddress with the cure, in the name of `key`."""
     if not url.isprintable() or " " in url or "\\" in url:
         raise BadAddress(f"{key}: the URL holds a space, a backslash or a control character")
     try:
         parts = urllib.parse.urlsplit(url)
         port = PORTS.get(parts.scheme, 0) if parts.port is None else parts.port
-        host = (parts.hostname or "").encode("idna" if not (parts.hostname or "").isascii() else "ascii").decode()
+        name = parts.hostname or ""
+        host = name if name.isascii() else name.encode("idna").decode()
     except (ValueError, UnicodeError):
         raise BadAddress(f"{key}: that is not a URL") from None
     if parts.scheme not in PORTS or not host:
@@ -839,13 +767,13 @@ def split_url(url: str, key: str) -> tuple[str, str, int, str]:
         raise BadAddress(f"{key}: no user or password in the URL; put them into a header")
     if not port:
         raise BadAddress(f"{key}: port 0 cannot be connected to")
-    if (address := _literal(host)) and (why := refusal(address, port, ())):
+    if (address := literal(host)) and (why := refusal(address, port, ())):
         raise BadAddress(f"{key}: {why}")
-    path = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
-    return parts.scheme, host, port, path + (f"?{urllib.parse.quote(parts.query, safe='/%:@!$&()*+,;=~-._?')}" if parts.query else "")
+    path, query = (urllib.parse.quote(part, safe="/%:@!$&'()*+,;=~-._?") for part in (parts.path or "/", parts.query))
+    return parts.scheme, host, port, f"{path}?{query}" if query else path
 
 
-def _literal(host: str) -> Address | None:
+def literal(host: str) -> Address | None:
     """The address that a host spells, in any form a resolver takes: dotted, integer, hex, octal, IPv6."""
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host)
@@ -854,7 +782,7 @@ def _literal(host: str) -> Address | None:
     return None
 
 
-def refusal(address: Address, port: int, own: Iterable[tuple[str, int]]) -> str | None:
+def refusal(address: Address, port: int, own: Own) -> str | None:
     """Why nothing is sent to this address, or None."""
     forms = list(_forms(address))
     if any(form.version == net.version and form in net for form in forms for net in REFUSED):
@@ -875,7 +803,7 @@ def _forms(address: Address) -> Iterator[Address]:
 
 def _listens(host: str, address: Address) -> bool:
     """Does a server bound to `host` answer on `address`?"""
-    bound = _literal(host) if host not in ("", "localhost") else ipaddress.IPv4Address("127.0.0.1" if host else 0)
+    bound = ipaddress.IPv4Address("127.0.0.1") if host == "localhost" else literal(host or "0.0.0.0")
     if bound is None or bound.is_unspecified:
         return _is_local(address)
     return address == bound or ((address.is_loopback or address.is_unspecified) and bound.is_loopback)
@@ -889,7 +817,7 @@ def _is_local(address: Address) -> bool:
     return False
 
 
-# -- which records a destination takes --------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------- which records a destination takes
 
 LONGEST_PATTERN: Final = 1_000
 SEARCHED: Final = 4_096
@@ -901,9 +829,13 @@ ORDERS: Final[dict[str, Callable[[float, float], bool]]] = {
     "gte": lambda a, b: a >= b,
     "lte": lambda a, b: a <= b,
 }
-OPERATORS: Final = (
-    "equals", "not_equals", "contains", "not_contains", "regex", "starts_with", "ends_with", *ORDERS, "exists", "not_exists"
-)  # fmt: skip
+TEXT_TESTS: Final[dict[str, Callable[[str, str], bool]]] = {
+    "equals": lambda have, want: have == want,
+    "contains": lambda have, want: want in have,
+    "starts_with": str.startswith,
+    "ends_with": str.endswith,
+}
+OPERATORS: Final = (*TEXT_TESTS, *ORDERS, "not_equals", "not_contains", "regex", "exists", "not_exists")
 
 
 def check_filters(rules: Mapping[str, Any]) -> None:
@@ -917,13 +849,13 @@ def check_filters(rules: Mapping[str, Any]) -> None:
         if group.get("logic", "and") not in ("and", "or"):
             raise ValueError(f"{place}.logic: must be and, or or")
         for r, rule in enumerate(_list(group.get("rules", []), f"{place}.rules")):
+            _known(rule, ("field", "operator", "value"), f"{place}.rules[{r}]")
             _check_rule(rule, f"{place}.rules[{r}]")
 
 
-def _check_rule(rule: Any, place: str) -> None:
-    _known(rule, ("field", "operator", "value"), place)
-    name, operator, value = rule.get("field"), rule.get("operator"), rule.get("value")
-    if name not in TEXT_FIELDS + NUMBER_FIELDS:
+def _check_rule(rule: Mapping[str, Any], place: str) -> None:
+    operator, value = rule.get("operator"), rule.get("value")
+    if rule.get("field") not in TEXT_FIELDS + NUMBER_FIELDS:
         raise ValueError(f"{place}.field: must be one of {', '.join(TEXT_FIELDS + NUMBER_FIELDS)}")
     if operator not in OPERATORS:
         raise ValueError(f"{place}.operator: must be one of {', '.join(OPERATORS)}")
@@ -933,11 +865,10 @@ def _check_rule(rule: Any, place: str) -> None:
         raise ValueError(f"{place}.value: {operator} compares with a number")
     if isinstance(value, bool) or not isinstance(value, str | int | float) or len(str(value)) > LONGEST_PATTERN:
         raise ValueError(f"{place}.value: must be text (at most {LONGEST_PATTERN} characters) or a number")
-    if operator == "regex":
-        try:
-            re.compile(str(value))
-        except (re.error, RecursionError, OverflowError):
-            raise ValueError(f"{place}.value: not a regular expression") from None
+    try:
+        re.compile(str(value) if operator == "regex" else "")
+    except (re.error, RecursionError, OverflowError):
+        raise ValueError(f"{place}.value: not a regular expression") from None
 
 
 def _known(table: Any, keys: tuple[str, ...], place: str) -> None:
@@ -959,13 +890,13 @@ def _as_number(value: Any) -> float | None:
     return None
 
 
-def skip_reason(d: Destination, record: Record, search: Callable[[str, str], bool]) -> str | None:
+def skip_reason(d: Destination, record: Record, search: Search) -> str | None:
     """Why this record is not for this destination; None: it takes it."""
     if d.api_keys and record.get("api_key_name") not in d.api_keys:
         return "api_key"
-    seed = record.get("session_id") or record["generation_id"]
-    # The name is part of the seed, so that each destination draws for itself; a session is in or out as a whole.
-    if d.sampling_rate < 1 and int(_hash(f"{d.name}:{seed}")[:13], 16) >= d.sampling_rate * 16**13:
+    # A session is in or out as a whole; the name is part of the seed, so that each destination draws for itself.
+    seed = f"{d.name}:{record.get('session_id') or record['generation_id']}"
+    if d.sampling_rate < 1 and int(_hash(seed)[:13], 16) >= d.sampling_rate * 16**13:
         return "sampling"
     groups = d.filter_rules.get("groups") if d.filter_rules.get("enabled", True) else None
     if not groups:
@@ -978,45 +909,37 @@ def _filtered(record: Record) -> dict[str, Any]:
     answer, cost = record.get("response") or {}, record.get("cost") or {}
     usage = answer.get("usage") or {}
     sent, made = _count(usage.get("input_tokens")), _count(usage.get("output_tokens"))
+    texts = (b.get("text") for m in record.get("messages") or [] for b in _blocks(m) if isinstance(b, dict))
     values = {name: record.get(name) for name in ("provider", "session_id", "api_key_name")}
     values |= {"model": record.get("requested_model"), "user_id": record.get("user")}
-    values |= {"finish_reason": answer.get("finish_reason"), "output": answer.get("content"), "input": _said(record)}
+    values |= {"input": "\n".join(text for text in (record.get("system"), *texts) if isinstance(text, str))}
+    values |= {"finish_reason": answer.get("finish_reason"), "output": answer.get("content")}
     values |= {"total_cost": _double(cost.get("total")), "prompt_tokens": sent, "completion_tokens": made}
     return values | {"total_tokens": sent + made if sent is not None and made is not None else None}
 
 
-def _said(record: Record) -> str:
-    blocks = (b for m in record.get("messages") or [] for b in _blocks(m) if isinstance(b, dict))
-    texts = (b.get("text") for b in blocks)
-    return "\n".join(text for text in (record.get("system"), *texts) if isinstance(text, str))
-
-
-def _blocks(message: Any) -> list[Any]:
-    content = message.get("content") if isinstance(message, dict) else None
-    return content if isinstance(content, list) else [{"type": "text", "text": content}]
-
-
-def _group(group: Mapping[str, Any], values: Mapping[str, Any], search: Callable[[str, str], bool]) -> bool:
+def _group(group: Mapping[str, Any], values: Mapping[str, Any], search: Search) -> bool:
     every = all if group.get("logic", "and") == "and" else any
     return every(_rule(rule, values[rule["field"]], search) for rule in group.get("rules", []))
 
 
-def _rule(rule: Mapping[str, Any], have: Any, search: Callable[[str, str], bool]) -> bool:
+def _rule(rule: Mapping[str, Any], have: Any, search: Search) -> bool:
     operator, want = rule["operator"], rule.get("value")
-    if have is None or have == "" or operator in ("exists", "not_exists"):
-        return operator in ("not_equals", "not_contains", "not_exists") if have in (None, "") else operator == "exists"
-    if operator in ORDERS:
-        number, limit = _as_number(have), _as_number(want)
-        return number is not None and limit is not None and ORDERS[operator](number, limit)
-    if operator.endswith("equals"):
-        same = have == want if isinstance(have, str) and isinstance(want, str) else _as_number(have) == _as_number(want)
-        return bool(same) == (operator == "equals")
-    text, wanted = str(have), str(want)
-    if operator == "regex":
-        return search(wanted, text[:SEARCHED])
-    if operator.endswith("contains"):
-        return (wanted in text) == (operator == "contains")
-    return text.startswith(wanted) if operator == "starts_with" else text.endswith(wanted)
+    test = operator.removeprefix("not_")
+    if have is None or have == "":
+        return bool(operator != test)
+    a, b = _as_number(have), _as_number(want)
+    if test in ORDERS:
+        return a is not None and b is not None and ORDERS[test](a, b)
+    if test == "regex":
+        return search(str(want), str(have)[:SEARCHED])
+    if test == "exists":
+        same = True
+    elif test == "equals" and not isinstance(have, str):
+        same = a == b
+    else:
+        same = TEXT_TESTS[test](str(have), str(want))
+    return bool(same == (operator == test))
 
 
 SEARCH_PROGRAM: Final = """
@@ -1050,13 +973,12 @@ class Searcher:
                 answer = ""
             if not answer:
                 self._end()
-                _warn("search", "a filter's regular expression took too long; the record was left out")
+                warn("search", "a filter's regular expression took too long; the record was left out")
             return answer.strip() == "1"
 
     def _ask(self, line: str) -> str:
         if self._child is None:
-            command = [sys.executable, "-I", "-S", "-c", SEARCH_PROGRAM]
-            pipe = subprocess.PIPE
+            command, pipe = [sys.executable, "-I", "-S", "-c", SEARCH_PROGRAM], subprocess.PIPE
             self._child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
         assert self._child.stdin and self._child.stdout
         self._child.stdin.write(line + "\n")
@@ -1078,7 +1000,7 @@ class Searcher:
 _warned: dict[str, float] = {}
 
 
-def _warn(key: str, message: str) -> None:
+def warn(key: str, message: str) -> None:
     """One line a minute for each kind of trouble; `message` never holds what a peer or a client wrote."""
     now = time.monotonic()
     if now - _warned.get(key, -60.0) >= 60:
@@ -1086,9 +1008,7 @@ def _warn(key: str, message: str) -> None:
         log.warning("broadcast: %s", message)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The store: one SQLite file
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------ the store: one SQLite file
 
 BATCH_ITEMS: Final = 64
 BATCH_BYTES: Final = 1 << 20
@@ -1107,6 +1027,8 @@ CREATE TABLE IF NOT EXISTS ledger (
 CREATE TABLE IF NOT EXISTS state (
     destination TEXT PRIMARY KEY, last_error TEXT, last_error_at TEXT, last_success TEXT);
 """
+Offers = list[tuple[bytes, list[str]]]  # fragments, each with the destinations that take it
+Counts = Mapping[tuple[str, str], int]  # (destination, kind) -> n
 
 
 class Queued(NamedTuple):
@@ -1118,8 +1040,8 @@ class Queued(NamedTuple):
 class Store:
     """Destinations and queues. Every method is one transaction; none waits for a network.
 
-    Kinds in the ledger: accepted, delivered, dropped:<reason>, queued, queued_bytes and skipped:<reason> (records a
-    destination never was to have: sampled out, filtered, another key's).
+    Kinds in the ledger: accepted, delivered, dropped:<reason>, queued, queued_bytes, and skipped:<reason> for records a
+    destination was never to have (sampled out, filtered, another key's). A body is stored once for all its queues.
     """
 
     def __init__(self, path: str, max_items: int, max_bytes: int) -> None:
@@ -1144,6 +1066,17 @@ class Store:
                     self._db.execute("ROLLBACK")
                 raise
 
+    @contextlib.contextmanager
+    def _synced(self) -> Iterator[sqlite3.Connection]:
+        """A transaction that also outlives a power cut, for settings; the queue, written far more often, a kill -9."""
+        with self._lock:
+            self._db.execute("PRAGMA synchronous=FULL")
+            try:
+                with self._transaction() as db:
+                    yield db
+            finally:
+                self._db.execute("PRAGMA synchronous=NORMAL")
+
     def limit(self, max_items: int, max_bytes: int) -> None:
         with self._lock:
             self._limits = max_items, max_bytes
@@ -1156,16 +1089,16 @@ class Store:
 
     # -- the queue
 
-    def accept(self, offers: list[tuple[bytes, list[str]]], counts: Mapping[tuple[str, str], int]) -> None:
+    def accept(self, offers: Offers, counts: Counts) -> None:
         """Put each fragment into the queues of its destinations, and count; the oldest make room for the newest."""
+        added: Counter[str] = Counter()
+        size: Counter[str] = Counter()
         with self._transaction() as db:
             for body, destinations in offers:
                 payload = db.execute("INSERT INTO payload (body) VALUES (?)", (body,)).lastrowid
                 rows = [(destination, payload, len(body)) for destination in destinations]
                 db.executemany("INSERT INTO queue (destination, payload, bytes) VALUES (?, ?, ?)", rows)
-            added = Counter(destination for _, destinations in offers for destination in destinations)
-            size: Counter[str] = Counter()
-            for body, destinations in offers:
+                added.update(destinations)
                 size.update(dict.fromkeys(destinations, len(body)))
             for destination, n in added.items():
                 self._count(db, destination, accepted=n, queued=n, queued_bytes=size[destination])
@@ -1174,24 +1107,26 @@ class Store:
                 self._count(db, destination, **{kind: n})
 
     def _count(self, db: sqlite3.Connection, destination: str, **kinds: int) -> None:
-        statement = "INSERT INTO ledger VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET n = n + excluded.n"
-        db.executemany(statement, [(destination, kind, n) for kind, n in kinds.items() if n])
+        upsert = "INSERT INTO ledger VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET n = n + excluded.n"
+        db.executemany(upsert, [(destination, kind, n) for kind, n in kinds.items() if n])
 
     def _trim(self, db: sqlite3.Connection, destination: str) -> None:
         counts = dict(db.execute("SELECT kind, n FROM ledger WHERE destination = ?", (destination,)))
         items, size = counts.get("queued", 0) - self._limits[0], counts.get("queued_bytes", 0) - self._limits[1]
-        if items <= 0 and size <= 0:
-            return
-        # Not what is on the wire just now: it could not be counted as dropped if it arrives.
-        select = "SELECT seq, payload, bytes FROM queue WHERE destination = ? AND seq > ? ORDER BY seq"
-        gone = []
-        for row in map(Queued._make, db.execute(select, (destination, self._in_flight.get(destination, 0)))):
-            if items <= 0 and size <= 0:
-                break
-            gone.append(row)
-            items, size = items - 1, size - row.bytes
-        self._remove(db, destination, gone)
-        self._count(db, destination, **{"dropped:queue_full": len(gone)})
+        gone: list[Queued] = []
+        if items > 0 or size > 0:
+            # Not what is on the wire just now: it could not be counted as dropped if it arrives.
+            for row in self._rows(destination, after=self._in_flight.get(destination, 0)):
+                if items <= 0 and size <= 0:
+                    break
+                gone.append(row)
+                items, size = items - 1, size - row.bytes
+            self._remove(db, destination, gone)
+            self._count(db, destination, **{"dropped:queue_full": len(gone)})
+
+    def _rows(self, destination: str, *, after: int = 0, until: int = 2**62) -> Iterator[Queued]:
+        select = "SELECT seq, payload, bytes FROM queue WHERE destination = ? AND seq > ? AND seq <= ? ORDER BY seq"
+        return map(Queued._make, self._db.execute(select, (destination, after, until)))
 
     def _remove(self, db: sqlite3.Connection, destination: str, rows: list[Queued]) -> None:
         db.executemany("DELETE FROM queue WHERE seq = ?", [(row.seq,) for row in rows])
@@ -1199,40 +1134,34 @@ class Store:
         db.executemany(unused, [(row.payload, row.payload) for row in rows])
         self._count(db, destination, queued=-len(rows), queued_bytes=-sum(row.bytes for row in rows))
 
-    def batch(self, destination: str, most: int, until: int | None) -> list[tuple[int, bytes]]:
+    def batch(self, destination: str, most: int, until: int) -> list[tuple[int, bytes]]:
         """The head of the queue, not beyond `until`: at most `most` records and BATCH_BYTES, but always one."""
-        select = "SELECT seq, payload, bytes FROM queue WHERE destination = ? AND seq <= ? ORDER BY seq LIMIT ?"
+        rows: list[Queued] = []
+        size = 0
         with self._lock:
-            rows: list[Queued] = []
-            size = 0
-            for row in map(Queued._make, self._db.execute(select, (destination, until or 2**62, most))):
+            for row in islice(self._rows(destination, until=until), most):
                 size += row.bytes + 1
                 if rows and size > BATCH_BYTES:
                     break
                 rows.append(row)
             if rows:
                 self._in_flight[destination] = rows[-1].seq
-            return [(row.seq, self._body(row.payload)) for row in rows]
-
-    def _body(self, payload: int) -> bytes:
-        body: bytes = self._db.execute("SELECT body FROM payload WHERE id = ?", (payload,)).fetchone()[0]
-        return body
+            select = "SELECT body FROM payload WHERE id = ?"
+            return [(row.seq, self._db.execute(select, (row.payload,)).fetchone()[0]) for row in rows]
 
     def settle(self, destination: str, last: int, *, dropped: str = "", rejected: int = 0, error: str = "") -> None:
         """End the life of everything up to `last`: delivered but for `rejected`, or `dropped` with that reason."""
-        select = "SELECT seq, payload, bytes FROM queue WHERE destination = ? AND seq <= ?"
         with self._transaction() as db:
-            rows = [Queued._make(row) for row in db.execute(select, (destination, last))]
+            rows = list(self._rows(destination, until=last))
             if rows:  # none if the destination was deleted meanwhile
                 self._remove(db, destination, rows)
                 lost = len(rows) if dropped else min(rejected, len(rows))
-                reason = f"dropped:{dropped or 'rejected'}"
-                self._count(db, destination, **{"delivered": len(rows) - lost, reason: lost})
+                self._count(db, destination, **{"delivered": len(rows) - lost, f"dropped:{dropped or 'rejected'}": lost})
                 self._note(db, destination, error, success=not dropped)
         self.release(destination)
 
     def release(self, destination: str) -> None:
-        """What was on the wire is back in the queue."""
+        """What was on the wire is only in the queue again."""
         with self._lock:
             self._in_flight.pop(destination, None)
 
@@ -1240,7 +1169,7 @@ class Store:
         with self._transaction() as db:
             self._note(db, destination, error, success=False)
 
-    def _note(self, db: sqlite3.Connection, destination: str, error: str, success: bool) -> None:
+    def _note(self, db: sqlite3.Connection, destination: str, error: str, *, success: bool) -> None:
         db.execute("INSERT OR IGNORE INTO state (destination) VALUES (?)", (destination,))
         if error:
             update = "UPDATE state SET last_error = ?, last_error_at = ? WHERE destination = ?"
@@ -1248,17 +1177,15 @@ class Store:
         if success:
             db.execute("UPDATE state SET last_success = ? WHERE destination = ?", (_now(), destination))
 
-    def ledger(self) -> dict[str, dict[str, int]]:
+    def ledger(self) -> dict[str, dict[str, Any]]:
+        """Per destination its counts, and under `state` (last_error, last_error_at, last_success)."""
+        made: dict[str, dict[str, Any]] = {}
         with self._lock:
-            counts: dict[str, dict[str, int]] = {}
             for destination, kind, n in self._db.execute("SELECT destination, kind, n FROM ledger"):
-                counts.setdefault(destination, {})[kind] = n
-            return counts
-
-    def states(self) -> dict[str, tuple[str | None, str | None, str | None]]:
-        with self._lock:
-            rows = self._db.execute("SELECT destination, last_error, last_error_at, last_success FROM state")
-            return {row[0]: row[1:] for row in rows}
+                made.setdefault(destination, {})[kind] = n
+            for destination, *state in self._db.execute("SELECT * FROM state"):
+                made.setdefault(destination, {})["state"] = state
+        return made
 
     def keep_only(self, known: Iterable[str]) -> int:
         """Forget the queues and counts of destinations that are no more; gives how many records were still queued."""
@@ -1267,11 +1194,10 @@ class Store:
             return sum(self._forget(db, destination) for destination in unknown)
 
     def _forget(self, db: sqlite3.Connection, destination: str) -> int:
-        select = "SELECT seq, payload, bytes FROM queue WHERE destination = ?"
-        rows = [Queued._make(row) for row in db.execute(select, (destination,))]
+        rows = list(self._rows(destination))
         self._remove(db, destination, rows)
-        for table in ("ledger", "state"):
-            db.execute(f"DELETE FROM {table} WHERE destination = ?", (destination,))
+        db.execute("DELETE FROM ledger WHERE destination = ?", (destination,))
+        db.execute("DELETE FROM state WHERE destination = ?", (destination,))
         return len(rows)
 
     # -- what the page saves
@@ -1285,11 +1211,11 @@ class Store:
         """Insert or replace a destination, on disk when this returns; raises sqlite3.IntegrityError for a taken name."""
         upsert = """INSERT INTO destination VALUES (?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE
                     SET name = excluded.name, body = excluded.body, updated_at = excluded.updated_at"""
-        with self._synced(), self._transaction() as db:
+        with self._synced() as db:
             db.execute(upsert, (identity, name, json.dumps(body), _now(), _now()))
 
     def delete(self, identity: str) -> None:
-        with self._synced(), self._transaction() as db:
+        with self._synced() as db:
             db.execute("DELETE FROM destination WHERE id = ?", (identity,))
             self._forget(db, identity)
 
@@ -1300,24 +1226,13 @@ class Store:
 
     def set_switch(self, enabled: bool, in_file: bool) -> None:
         value = json.dumps({"enabled": enabled, "in_file": in_file})
-        with self._synced(), self._transaction() as db:
+        with self._synced() as db:
             db.execute("INSERT OR REPLACE INTO meta VALUES ('enabled', ?)", (value,))
-
-    @contextlib.contextmanager
-    def _synced(self) -> Iterator[None]:
-        """Settings also outlive a power cut; the queue, written far more often, outlives the process."""
-        with self._lock:
-            self._db.execute("PRAGMA synchronous=FULL")
-            try:
-                yield
-            finally:
-                self._db.execute("PRAGMA synchronous=NORMAL")
 
 
 def _private_file(path: Path) -> None:
     """Make the file and what is missing above it for us alone, before anything is in it."""
-    missing = [folder for folder in path.absolute().parents if not folder.exists()]
-    for folder in reversed(missing):
+    for folder in reversed([folder for folder in path.absolute().parents if not folder.exists()]):
         folder.mkdir(mode=0o700, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -1331,24 +1246,25 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One delivery: one request to a checked address, under one deadline, and what the answer means
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------- one delivery: a checked address, one deadline, and what the answer means
 
 ANSWER_BYTES: Final = 65_536  # the Collector's own exporter reads no more
 RETRIED_STATUS: Final = (429, 502, 503, 504)  # the OTLP specification's list
 RETRIED_CAUSES: Final = ("dns", "connect", "timeout", "tls", "cut", "disk")
+BAD_ANSWERS: Final = ("html", "garbage", "too_long")
+# ExportTraceServiceResponse in protobuf: field 1 holds rejected_spans (1, varint) and error_message (2, text).
+PARTIAL = re.compile(rb"\x0a[\x80-\xff]*[\0-\x7f](?:\x08([\x80-\xff]{0,8}[\0-\x7f]))?(?:\x12[\x80-\xff]*[\0-\x7f](.*))?", re.S)
 
 
 class Answer(NamedTuple):
     """What one delivery came to. `message` is ours alone: nothing in it was written by the peer."""
 
-    cause: str  # ok, rejected, http, redirect, html, garbage, too_long, address, dns, connect, timeout, tls, cut, disk
+    cause: str  # ok, rejected, http, redirect, address, one of BAD_ANSWERS or of RETRIED_CAUSES
     message: str = ""
     status: int | None = None
     rejected: int = 0
     retry_after: float = 0.0
-    said: str = ""  # partialSuccess.errorMessage, scrubbed: for the delivery counters, never for the test
+    said: str = ""  # partialSuccess.errorMessage, scrubbed: for the delivery counters, never for a test
 
     @property
     def retry(self) -> bool:
@@ -1357,15 +1273,15 @@ class Answer(NamedTuple):
     @property
     def reason(self) -> str:
         """Its name in the ledger."""
-        if self.cause in ("http", "redirect"):
-            return f"http_{self.status}"
-        return {"html": "bad_answer", "garbage": "bad_answer", "too_long": "bad_answer", "address": "refused_address"}.get(
+        if self.cause in BAD_ANSWERS:
+            return "bad_answer"
+        return {"http": f"http_{self.status}", "redirect": f"http_{self.status}", "address": "refused_address"}.get(
             self.cause, self.cause
         )
 
 
-class _Refused(Exception):
-    """The resolved address is one we do not send to."""
+class Refused(Exception):
+    """The address a name resolved to is one we do not send to."""
 
 
 class Wire:
@@ -1374,7 +1290,7 @@ class Wire:
     def __init__(self, connection: socket.socket, deadline: float) -> None:
         self._socket, self._deadline = connection, deadline
 
-    def _tick(self) -> socket.socket:
+    def _in_time(self) -> socket.socket:
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError
@@ -1384,10 +1300,10 @@ class Wire:
     def sendall(self, data: bytes) -> None:
         view = memoryview(data)
         while view:
-            view = view[self._tick().send(view) :]
+            view = view[self._in_time().send(view) :]
 
     def recv_into(self, buffer: Any) -> int:
-        return self._tick().recv_into(buffer)
+        return self._in_time().recv_into(buffer)
 
     def makefile(self, *_: Any) -> io.BufferedReader:
         return io.BufferedReader(_Reading(self))
@@ -1416,54 +1332,55 @@ class _Reading(io.RawIOBase):
 
 
 def exchange(
-    to: Target, body: bytes, timeout: float, own: Iterable[tuple[str, int]], opened: Callable[[Wire], None] = lambda _: None
+    to: Target, body: bytes, timeout: float, own: Own, opened: Callable[[Wire], None] = lambda _: None
 ) -> Answer:
     """Send one OTLP JSON request and judge the answer; never raises for anything the peer or the network does."""
-    deadline = time.monotonic() + timeout
-    wire: Wire | None = None
+    deadline, wire = time.monotonic() + timeout, None
     try:
         wire = _connect(to, deadline, list(own))
         opened(wire)
         return _converse(to, body, wire)
-    except _Refused as error:
-        return Answer("address", f"Not sent: {error}")
-    except (socket.gaierror, UnicodeError):
-        return Answer("dns", "The host name could not be resolved")
-    except TimeoutError:
-        return Answer("timeout", f"No complete answer within {timeout:g} s")
-    except ssl.SSLCertVerificationError as error:
-        return Answer("tls", f"The certificate was not accepted: {error.verify_message}")
-    except (ssl.SSLError, ssl.CertificateError):
-        return Answer("tls", "The TLS handshake failed")
-    except (ConnectionError, http.client.IncompleteRead, http.client.RemoteDisconnected) as error:
-        refused = wire is None
-        return Answer("connect" if refused else "cut", _lost(error, refused))
-    except http.client.HTTPException:
-        return Answer("garbage", "The answer is not HTTP")
-    except OSError as error:
-        return Answer("connect", f"The connection failed: {os.strerror(error.errno) if error.errno else 'unreachable'}")
+    except (Refused, OSError, http.client.HTTPException) as error:
+        return _failed(error, wire is not None, timeout)
     finally:
         if wire:
             wire.hang_up()
 
 
-def _lost(error: Exception, refused: bool) -> str:
-    if not refused:
-        return "The connection was cut before the answer was complete"
-    return "The connection was refused" if isinstance(error, ConnectionRefusedError) else "The connection was cut at once"
+def _failed(error: Exception, connected: bool, timeout: float) -> Answer:
+    match error:
+        case Refused():
+            return Answer("address", f"Not sent: {error}")
+        case socket.gaierror():
+            return Answer("dns", "The host name could not be resolved")
+        case TimeoutError():
+            return Answer("timeout", f"No complete answer within {timeout:g} s")
+        case ssl.SSLCertVerificationError():
+            return Answer("tls", f"The certificate was not accepted: {error.verify_message}")
+        case ssl.SSLError():
+            return Answer("tls", "The TLS connection failed")
+        case ConnectionRefusedError():
+            return Answer("connect", "The connection was refused")
+        case ConnectionError() | http.client.IncompleteRead():
+            return Answer("cut", "The connection was cut before the answer was complete")
+        case OSError() if not connected:
+            return Answer("connect", f"The connection failed: {os.strerror(error.errno or 0)}")
+        case OSError():
+            return Answer("cut", "The connection was lost")
+    return Answer("garbage", "The answer is not HTTP")
 
 
-def _connect(to: Target, deadline: float, own: list[tuple[str, int]]) -> Wire:
+def _connect(to: Target, deadline: float, own: Own) -> Wire:
     """Resolve once, refuse if any address is refused, connect to exactly what was checked."""
     addresses = _resolve(to.host, to.port, deadline)
     for address in addresses:
         if why := refusal(address, to.port, own):
-            raise _Refused(why)
+            raise Refused(why)
     plain = _dial(addresses, to.port, deadline)
     if to.scheme == "http":
         return Wire(plain, deadline)
     try:
-        plain.settimeout(max(0.001, deadline - time.monotonic()))  # Python counts a handshake against it as a whole
+        plain.settimeout(max(0.001, deadline - time.monotonic()))  # counted against the handshake as a whole
         return Wire(tls_context().wrap_socket(plain, server_hostname=to.host), deadline)
     except BaseException:
         plain.close()
@@ -1471,39 +1388,35 @@ def _connect(to: Target, deadline: float, own: list[tuple[str, int]]) -> Wire:
 
 
 def _dial(addresses: list[Address], port: int, deadline: float) -> socket.socket:
-    for number, address in enumerate(addresses, 1):
-        share = (deadline - time.monotonic()) / (len(addresses) - number + 1)
+    failure: OSError = TimeoutError()
+    for number, address in enumerate(addresses):
+        share = (deadline - time.monotonic()) / (len(addresses) - number)
         try:
             return socket.create_connection((str(address), port), max(0.001, share))
-        except OSError:
-            if number == len(addresses):
-                raise
-    raise socket.gaierror
+        except OSError as error:
+            failure = error
+    raise failure
 
 
 def _resolve(host: str, port: int, deadline: float) -> list[Address]:
     """The addresses of a host, within the deadline: a resolver has none of its own, so it waits in a thread."""
-    if literal := _literal(host):
-        return [literal]
+    if address := literal(host):
+        return [address]
     found: list[Address] = []
-    failed: list[OSError] = []
 
     def ask() -> None:
-        try:
-            for *_, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-                address = ipaddress.ip_address(str(place[0]).partition("%")[0])
-                found.extend([address] if address not in found else [])
-        except OSError as error:
-            failed.append(error)
+        with contextlib.suppress(OSError, UnicodeError):
+            places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            found.extend(ipaddress.ip_address(str(place[0]).partition("%")[0]) for *_, place in places)
 
     asking = threading.Thread(target=ask, name="broadcast-resolve", daemon=True)
     asking.start()
     asking.join(max(0.001, deadline - time.monotonic()))
     if asking.is_alive():
         raise TimeoutError
-    if failed or not found:
+    if not found:
         raise socket.gaierror
-    return found
+    return list(dict.fromkeys(found))
 
 
 _tls: list[ssl.SSLContext] = []
@@ -1517,23 +1430,19 @@ def tls_context() -> ssl.SSLContext:
 
 
 def _converse(to: Target, body: bytes, wire: Wire) -> Answer:
-    headers = {"Host": to.authority, "Content-Type": "application/json", "User-Agent": "opensourcellmrouter"}
+    headers = {"Host": to.authority, "Content-Type": "application/json", "Accept-Encoding": "identity"}
     if not to.plain:
-        body = _gzip(body)
+        packer = zlib.compressobj(5, zlib.DEFLATED, 31)  # 31: as gzip
+        body = packer.compress(body) + packer.flush()
         headers["Content-Encoding"] = "gzip"
     connection = http.client.HTTPConnection(to.host, to.port)
     connection.sock = wire
-    connection.request(to.method, to.path, body, headers | {"Accept-Encoding": "identity"} | to.headers)
+    connection.request(to.method, to.path, body, headers | {"User-Agent": "opensourcellmrouter"} | to.headers)
     with connection.getresponse() as response:
         read = response.read(ANSWER_BYTES + 1)
         if response.length and len(read) <= ANSWER_BYTES:
             raise http.client.IncompleteRead(read, response.length)
         return judge(response.status, response.headers, read, to)
-
-
-def _gzip(body: bytes) -> bytes:
-    packer = zlib.compressobj(5, zlib.DEFLATED, 31)
-    return packer.compress(body) + packer.flush()
 
 
 def judge(status: int, headers: http.client.HTTPMessage, body: bytes, to: Target) -> Answer:
@@ -1542,18 +1451,16 @@ def judge(status: int, headers: http.client.HTTPMessage, body: bytes, to: Target
         return Answer("redirect", f"Redirected (HTTP {status}); redirects are not followed", status)
     if not 200 <= status < 300:
         return Answer("http", f"HTTP {status}", status, retry_after=retry_after(headers.get("Retry-After")))
-    if headers.get("Content-Encoding", "identity").lower() in ("gzip", "x-gzip", "deflate"):
+    if headers.get("Content-Encoding", "identity").lower() != "identity":
         body = _inflate(body)
     if len(body) > ANSWER_BYTES:
-        return Answer("too_long", f"HTTP {status} with more than {ANSWER_BYTES} bytes, which is not an OTLP answer", status)
+        return Answer("too_long", f"HTTP {status} with more than {ANSWER_BYTES} bytes, which is no OTLP answer", status)
     kind, text = headers.get("Content-Type", "").lower(), body.strip()
-    if not text:
-        return Answer("ok", "Accepted", status)
     if "html" in kind or text.startswith(b"<"):
         return Answer("html", f"HTTP {status} with a web page instead of an OTLP answer", status)
-    if "protobuf" in kind:
-        return _partial(status, *_read_protobuf(body), to)
-    if "json" in kind or text.startswith(b"{") or not to.plain:
+    if text and "protobuf" in kind:
+        return _judge_protobuf(status, body, to)
+    if text and ("json" in kind or text.startswith(b"{") or not to.plain):
         return _judge_json(status, text, to)
     return Answer("ok", "Accepted", status)
 
@@ -1563,7 +1470,7 @@ def _judge_json(status: int, text: bytes, to: Target) -> Answer:
         said = json.loads(text)
     except (ValueError, RecursionError):
         said = None
-    if to.plain and said is not None and not isinstance(said, dict):
+    if to.plain and isinstance(said, str | int | list):  # a webhook's program may say what it likes
         return Answer("ok", "Accepted", status)
     if not isinstance(said, dict) or said.get("error") or said.get("errors"):
         return Answer("garbage", f"HTTP {status} with something else than an OTLP answer", status)
@@ -1572,6 +1479,13 @@ def _judge_json(status: int, text: bytes, to: Target) -> Answer:
     number = str(partial.get("rejectedSpans") or 0)
     rejected = int(number) if re.fullmatch(r"[0-9]{1,18}", number) else 1
     return _partial(status, rejected, str(partial.get("errorMessage") or ""), to)
+
+
+def _judge_protobuf(status: int, body: bytes, to: Target) -> Answer:
+    found = PARTIAL.match(body)
+    number, said = (found[1] or b"", found[2] or b"") if found else (b"", b"")
+    rejected = sum((byte & 0x7F) << 7 * place for place, byte in enumerate(number))
+    return _partial(status, rejected, said.decode("utf-8", "replace"), to)
 
 
 def _partial(status: int, rejected: int, said: str, to: Target) -> Answer:
@@ -1583,55 +1497,17 @@ def _partial(status: int, rejected: int, said: str, to: Target) -> Answer:
 
 def _scrub(text: str, to: Target) -> str:
     """A peer's sentence, short, printable and without anything we sent to sign in."""
-    for value in to.headers.values():
-        for secret in {value, value.partition(" ")[2]}:
-            text = text.replace(secret, "…") if len(secret) > 3 else text
-    return "".join(char if char.isprintable() else " " for char in text)[:200]
+    secrets = {part for value in to.headers.values() for part in (value, value.partition(" ")[2]) if len(part) > 3}
+    for secret in secrets:
+        text = text.replace(secret, MARK)
+    return "".join(char if char.isprintable() else " " for char in text[:200])
 
 
 def _inflate(body: bytes) -> bytes:
     try:
-        return zlib.decompressobj(47).decompress(body, ANSWER_BYTES + 1)
+        return zlib.decompressobj(47).decompress(body, ANSWER_BYTES + 1)  # 47: gzip or zlib
     except zlib.error:
-        return b"garbage"
-
-
-def _read_protobuf(body: bytes) -> tuple[int, str]:
-    """rejected_spans and error_message of an ExportTraceServiceResponse (fields 1.1 and 1.2)."""
-    rejected, said = 0, ""
-    for number, value in _wire_fields(body):
-        if number == 1 and isinstance(value, bytes):
-            for inner, item in _wire_fields(value):
-                rejected = item if inner == 1 and isinstance(item, int) else rejected
-                said = item.decode("utf-8", "replace") if inner == 2 and isinstance(item, bytes) else said
-    return rejected, said
-
-
-def _wire_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Fields of a protobuf message, varints and byte strings; stops at anything else."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while at < len(data) and shift < 64:
-            byte, at = data[at], at + 1
-            value |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                break
-            shift += 7
-        return value
-
-    while at < len(data):
-        tag = varint()
-        if tag & 7 == 0:
-            yield tag >> 3, varint()
-        elif tag & 7 == 2:
-            length = varint()
-            at += length
-            yield tag >> 3, data[at - length : at]
-        else:
-            return
+        return b"not gzip"
 
 
 def retry_after(value: str | None) -> float:
@@ -1641,19 +1517,18 @@ def retry_after(value: str | None) -> float:
         return float(text)
     try:
         date = email.utils.parsedate_to_datetime(text)
-        date = date if date.tzinfo else date.replace(tzinfo=UTC)
-        return max(0.0, date.timestamp() - time.time())
+        return max(0.0, (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - time.time())
     except (ValueError, OverflowError, IndexError, TypeError):
         return 0.0
 
 
 def append(path: str, body: bytes) -> Answer:
     """Type `file`: one OTLP JSON request per line; what a full disk leaves behind is taken back."""
-    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
     try:
-        descriptor = os.open(path, flags, 0o600)
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
         try:
-            _append_line(descriptor, body)
+            if body:
+                _append_line(descriptor, body)
         finally:
             os.close(descriptor)
     except OSError as error:
@@ -1665,8 +1540,6 @@ def _append_line(descriptor: int, body: bytes) -> None:
     size = os.fstat(descriptor).st_size
     torn = size and os.pread(descriptor, 1, size - 1) != b"\n"
     line = (b"\n" if torn else b"") + body + b"\n"
-    if not body:
-        return
     try:
         while line:
             line = line[os.write(descriptor, line) :]
@@ -1676,41 +1549,31 @@ def _append_line(descriptor: int, body: bytes) -> None:
         raise
 
 
-def send(d: Destination, body: bytes, timeout: float, own: Iterable[tuple[str, int]], **hooks: Any) -> Answer:
+def send(d: Destination, body: bytes, timeout: float, own: Own, opened: Callable[[Wire], None] = lambda _: None) -> Answer:
     """Deliver one document to a destination of any type."""
-    return append(d.path, body) if d.type == "file" else exchange(target(d), body, timeout, own, **hooks)
+    return append(d.path, body) if d.type == "file" else exchange(target(d), body, timeout, own, opened)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Test Connection
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------------- the test
 
 
 def connection_test(service_name: str) -> bytes:
     """OpenRouter's own test: one real span, because some gateways answer an empty request before they look at the key."""
-    now = int(time.time() * 1000)
-    span = {
-        "traceId": f"{1:032x}",
-        "spanId": f"{1:016x}",
-        "name": f"{service_name}-connection-test",
-        "kind": INTERNAL,
-        "startTimeUnixNano": _nanos(now),
-        "endTimeUnixNano": _nanos(now + 1),
-        "status": {"code": 1},
-        "attributes": [],
-    }
-    return to_bytes(_document({"attributes": _attributes([("service.name", service_name)])}, [span]))
+    now = int(time.time() * 1000) * NANOS
+    span = {"traceId": f"{1:032x}", "spanId": f"{1:016x}", "name": f"{service_name}-connection-test", "kind": INTERNAL}
+    span |= {"startTimeUnixNano": str(now), "endTimeUnixNano": str(now + NANOS), "status": {"code": 1}, "attributes": []}
+    return to_bytes(_document([("service.name", service_name)], [span]))
 
 
-def try_out(d: Destination, settings: Settings, own: Iterable[tuple[str, int]]) -> dict[str, Any]:
-    """Send the test span to exactly this destination; {ok, status, latency_ms, message, advice}."""
+def try_out(d: Destination, settings: Settings, own: Own) -> dict[str, Any]:
+    """Send the test span to exactly this destination: {ok, status, latency_ms, message, advice}."""
     begun = time.monotonic()
     if d.type == "file":
         answer = append(d.path, b"")
     else:
         to = target(d)
         to = to._replace(headers=to.headers | {"X-Test-Connection": "true"}) if to.plain else to
-        answer = exchange(to, connection_test(settings.service_name), settings.timeout, own)
+        answer = exchange(to, connection_test(settings.service_name), min(settings.timeout, LONGEST_TEST), own)
     latency = round((time.monotonic() - begun) * 1000)
     return _result(answer, latency, "" if answer.cause == "ok" else advise(d, answer))
 
@@ -1720,79 +1583,80 @@ def _result(answer: Answer, latency: int, advice: str) -> dict[str, Any]:
     return {"ok": ok, "status": answer.status, "latency_ms": latency, "message": answer.message, "advice": advice}
 
 
-class Hint(NamedTuple):
-    """One likely cause: when it applies, and the sentence."""
-
-    cause: str
-    status: tuple[int, ...]
-    applies: Callable[[Destination, Target], bool]
-    sentence: str
+LONGEST_TEST: Final = 15.0
+BAD_URL: Final = "Use the http:// or https:// address that takes OTLP over HTTP, usually ending in /v1/traces."
+GATEWAY: Final = "use https://otlp-gateway-prod-<region>.grafana.net, not the address of your Grafana"
+Applies = Callable[[Destination, Target], bool]
 
 
-def _of(*types: str) -> Callable[[Destination, Target], bool]:
+def _of(*types: str) -> Applies:
     return lambda d, _: d.type in types
 
 
-def _port(*ports: int) -> Callable[[Destination, Target], bool]:
-    return lambda _, to: to.port in ports
+GRAFANA: Final = _of("grafana")
 
 
-def _always(_: Destination, __: Target) -> bool:
+def _port(port: int) -> Applies:
+    return lambda _, to: to.port == port
+
+
+def _any(_: Destination, __: Target) -> bool:
     return True
 
 
-HINTS: Final = tuple(
-    Hint(*row)
-    for row in (
-        ("", (), _port(4317), "Port 4317 is OTLP over gRPC; OTLP over HTTP usually listens on 4318."),
-        ("", (), _port(16686), "Port 16686 is Jaeger's web page; Jaeger takes OTLP over HTTP on 4318."),
-        ("", (), _port(3200), "Port 3200 is Tempo's query API; Tempo takes OTLP over HTTP on 4318."),
-        ("address", (), _always, "Name the receiver's real address; cloud metadata, link-local and the router itself are never sent to."),
-        ("dns", (), _always, "Check the spelling of the host name, and that this machine can resolve it."),
-        ("tls", (), _always, "The host does not speak TLS there, or its certificate does not fit its name or this machine's CA list (SSL_CERT_FILE)."),
-        ("connect", (), _always, "Nothing answers at that host and port: is the receiver running, is the port right (4318 for OTLP over HTTP), is a firewall between?"),
-        ("timeout", (), _always, "Host and port may be behind a firewall, or the receiver is overloaded; broadcast.timeout is the limit."),
-        ("cut", (), _always, "Something closed the connection: often http:// sent to a TLS port, or a proxy between."),
-        ("html", (), _of("grafana"), "That is a web page, not the gateway: use https://otlp-gateway-prod-<region>.grafana.net, not the address of your Grafana."),
-        ("html", (), _always, "That is a web page, not the gateway: use the address that takes OTLP, usually ending in /v1/traces."),
-        ("redirect", (), _of("grafana"), "Use https://otlp-gateway-prod-<region>.grafana.net, not the address of your Grafana."),
-        ("redirect", (), lambda _, to: to.scheme == "http", "Try https:// : most redirects lead there, and a body with a key is never sent after one."),
-        ("redirect", (), _always, "Use the address the redirect leads to; often it is a sign-in page, which means the URL is not the gateway's."),
-        ("rejected", (), _always, "The receiver took the request but not the span: check its limits, its data set and the key's permissions."),
-        ("too_long", (), _always, "The address answers with something large: it is not an OTLP receiver."),
-        ("garbage", (), _always, "The address answers, but not as an OTLP/HTTP receiver: check host, port and path."),
-        ("disk", (), _always, "Check the path, its permissions and the free space."),
-        ("http", (401, 403), _of("grafana"), "Instance id and token are joined as Basic: check that the id is the stack's number and the token has traces:write."),
-        ("http", (401, 403), _of("axiom"), "Check that the token may ingest and that the data set has exactly that name."),
-        ("http", (401, 403), _of("honeycomb"), "Check the key, and that it belongs to that region (api.honeycomb.io or api.eu1.honeycomb.io)."),
-        ("http", (401, 400, 503), _of("tempo"), "With multi-tenancy on, Tempo refuses spans without a tenant: fill in the tenant."),
-        ("http", (401,), _always, "The key is missing or wrong: check the Authorization header, also whether it needs the word Bearer or Basic."),
-        ("http", (403,), _always, "The key is known but may not write traces: check its permissions."),
-        ("http", (404,), lambda _, to: not to.path.rstrip("/").endswith("/v1/traces"), "The path is used as it is: it usually ends in /v1/traces."),
-        ("http", (404,), _of("grafana"), "Check the region: https://otlp-gateway-prod-<region>.grafana.net."),
-        ("http", (404,), _always, "Nothing takes traces at that path: check host and path."),
-        ("http", (405,), _always, "The address does not take this method: the path is probably not the receiver's."),
-        ("http", (400,), _always, "The receiver did not accept the request: check that it takes OTLP as JSON, and the headers it wants."),
-        ("http", (413,), _always, "The receiver's size limit is very low: raise it there."),
-        ("http", (415,), _always, "The receiver does not take OTLP as JSON (some take only protobuf): put an OpenTelemetry Collector in between."),
-        ("http", (429,), _always, "The receiver limits the rate: try again later, or lower the sampling rate."),
-        ("http", (502, 503, 504), _always, "The receiver or what is behind it is down or overloaded: try again later."),
-        ("http", (), lambda d, to: to.plain, "The webhook's program refused it: look into its log."),
-        ("", (), _always, "Look into the receiver's log for the reason."),
-    )
-)  # fmt: skip
+def _odd_path(_: Destination, to: Target) -> bool:
+    return not to.path.partition("?")[0].rstrip("/").endswith("/v1/traces")
+
+
+# cause ("" is any), statuses (none is any), when it applies, the likely cause in one sentence. The first that fits.
+HINTS: Final[tuple[tuple[str, tuple[int, ...], Applies, str], ...]] = (
+    ("", (), _port(4317), "Port 4317 is OTLP over gRPC; OTLP over HTTP usually listens on 4318."),
+    ("", (), _port(16686), "Port 16686 is Jaeger's web page; Jaeger takes OTLP over HTTP on 4318."),
+    ("", (), _port(3200), "Port 3200 is Tempo's query API; Tempo takes OTLP over HTTP on 4318."),
+    ("address", (), _any, "Cloud metadata, link-local addresses and the router itself are refused; name the receiver's own."),
+    ("dns", (), _any, "Check the spelling of the host name, and that this machine can resolve it."),
+    ("tls", (), _any, "No TLS is spoken there, or the certificate is not of that name or of a CA known here (SSL_CERT_FILE)."),
+    ("connect", (), _any, "Is the receiver running, the port right (4318 for OTLP over HTTP), no firewall between?"),
+    ("timeout", (), _any, "A firewall may swallow it, or the receiver is overloaded; broadcast.timeout is the limit."),
+    ("cut", (), _any, "Something closed the connection: often http:// sent to a TLS port, or a proxy between."),
+    ("html", (), GRAFANA, f"That is a web page, not the gateway: {GATEWAY}."),
+    ("html", (), _any, "That is a web page, not the gateway: use the address for OTLP, usually ending in /v1/traces."),
+    ("redirect", (), GRAFANA, f"That is not the gateway: {GATEWAY}."),
+    ("redirect", (), lambda _, to: to.scheme == "http", "Try https://, where most redirects lead; nothing is sent after one."),
+    ("redirect", (), _any, "Use the address it leads to; often that is a sign-in page, and the URL is not the gateway's."),
+    ("rejected", (), _any, "The receiver took the request but not the span: check its limits, data set and the key's rights."),
+    ("too_long", (), _any, "Whatever answers there is not an OTLP receiver: check host, port and path."),
+    ("garbage", (), _any, "Something answers, but not as an OTLP/HTTP receiver: check host, port and path."),
+    ("disk", (), _any, "Check the path, its permissions and the free space."),
+    ("http", (401, 403), GRAFANA, "Instance id and token are joined as Basic: check the stack's id and the right traces:write."),
+    ("http", (401, 403), _of("axiom"), "Check that the token may ingest and that the data set has exactly that name."),
+    ("http", (401, 403), _of("honeycomb"), "Check the key, and its region (api.honeycomb.io, api.eu1.honeycomb.io)."),
+    ("http", (400, 401, 503), _of("tempo"), "With multi-tenancy on, Tempo refuses spans without a tenant: fill it in."),
+    ("http", (401,), _any, "The key is missing or wrong: check the header, also whether it needs the word Bearer or Basic."),
+    ("http", (403,), _any, "The key is known but may not write traces: check its permissions."),
+    ("http", (404,), GRAFANA, "Check the region: https://otlp-gateway-prod-<region>.grafana.net."),
+    ("http", (404,), _odd_path, "The path is used as it is: it usually ends in /v1/traces."),
+    ("http", (404,), _any, "Nothing takes traces at that path: check host and path."),
+    ("http", (405,), _any, "The address does not take this method: the path is probably not the receiver's."),
+    ("http", (400,), _any, "The receiver did not understand: does it take OTLP as JSON, and are its headers complete?"),
+    ("http", (413,), _any, "The receiver's size limit is very low: raise it there."),
+    ("http", (415,), _any, "It does not take OTLP as JSON (some take protobuf only): put an OpenTelemetry Collector between."),
+    ("http", (429,), _any, "The receiver limits the rate: try again later, or lower the sampling rate."),
+    ("http", (502, 503, 504), _any, "The receiver, or what is behind it, is down or overloaded: try again later."),
+    ("", (), _any, "Look into the receiver's log for the reason."),
+)
 
 
 def advise(d: Destination, answer: Answer) -> str:
-    """The likeliest cause in one sentence: the first hint that fits."""
+    """The likely cause of a failure, in one sentence."""
     to = target(d) if d.type != "file" else Target("", "", 0, "", "", {}, False)
-    fits = (h for h in HINTS if h.cause in ("", answer.cause) and (not h.status or answer.status in h.status))
-    return next(h.sentence for h in fits if h.applies(d, to))
+    for cause, status, applies, said in HINTS:
+        if cause in ("", answer.cause) and (not status or answer.status in status) and applies(d, to):
+            return said
+    return ""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The threads: one writer, one worker per destination
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------- the threads: one writer, one worker for each
 
 BACKOFF_FIRST = 1.0
 BACKOFF_MOST = 30.0
@@ -1800,19 +1664,25 @@ GROUP_ITEMS: Final = 256  # records per commit
 GROUP_WEIGHT: Final = 4 << 20
 
 
+class Entry(NamedTuple):
+    """A destination as it is known here."""
+
+    id: str
+    destination: Destination
+    source: str  # page | file
+    created_at: str | None
+    updated_at: str | None
+
+
 def weight(record: Record) -> int:
     """About how many bytes a record holds, without walking all of it."""
-    answer = record.get("response") or {}
-    total = 4_096 + len(answer.get("content") or "") + len(record.get("system") or "")
-    for message in record.get("messages") or []:
-        for block in _blocks(message):
-            if isinstance(block, dict):
-                total += sum(len(value) for value in block.values() if isinstance(value, str))
-    return total
+    blocks = (b for m in record.get("messages") or [] for b in _blocks(m) if isinstance(b, dict))
+    inside = sum(len(value) for block in blocks for value in block.values() if isinstance(value, str))
+    return 4_096 + inside + len((record.get("response") or {}).get("content") or "") + len(record.get("system") or "")
 
 
 class Writer:
-    """Takes records from request threads and commits them, a group at a time. The only place that encodes."""
+    """Takes records from request threads and commits them, a group at a time. Its thread is the one that encodes."""
 
     def __init__(self, owner: Broadcast) -> None:
         self._owner = owner
@@ -1851,20 +1721,17 @@ class Writer:
         while not (self._stop.is_set() and not self._inbox):
             self._wake.wait()
             self._wake.clear()
-            while True:
-                group, lost = self._take()
-                if not group and not lost:
-                    break
-                self._commit(*self._owner.offers(group, lost))
+            while (taken := self._take()) != ([], 0):
+                self._commit(*self._owner.offers(*taken))
 
-    def _commit(self, offers: list[tuple[bytes, list[str]]], counts: Mapping[tuple[str, str], int]) -> None:
+    def _commit(self, offers: Offers, counts: Counts) -> None:
         pause = 0.1
         while True:
             try:
                 self._owner.store.accept(offers, counts)
                 break
             except sqlite3.Error as error:
-                _warn("store", f"the queue cannot be written ({type(error).__name__}); trying again")
+                warn("store", f"the queue cannot be written ({type(error).__name__}); trying again")
                 if self._stop.wait(pause):
                     log.error("broadcast: %d records were not written to the queue", len(offers))
                     return
@@ -1886,7 +1753,7 @@ class Worker:
         self._wake, self._nudge = threading.Event(), threading.Event()
         self._stop = self._leave = False
         self._most, self._tries = BATCH_ITEMS, 0
-        self._since, self._until = 0.0, 0  # the batch being retried: since when, and its last record
+        self._since, self._until = 0.0, 0  # the batch that is tried again: since when, and its last record
         self._wire: Wire | None = None
         self._thread = threading.Thread(target=self._run, name=f"broadcast-{entry.id[:12]}", daemon=True)
         self._thread.start()
@@ -1898,7 +1765,6 @@ class Worker:
         """Go on with other settings, at once if it was waiting for the old ones to work."""
         self.entry = entry
         self._nudge.set()
-        self._wake.set()
 
     def leave(self) -> None:
         """End when the queue is empty or the destination does not answer."""
@@ -1907,7 +1773,7 @@ class Worker:
         self._wake.set()
 
     def stop(self, timeout: float) -> None:
-        """End now; what was on the wire stays queued and may arrive twice, under the same ids."""
+        """End at the latest then; what was on the wire stays queued and may arrive twice, under the same ids."""
         self.leave()
         self._thread.join(max(0.0, timeout))
         self._stop = True
@@ -1919,40 +1785,39 @@ class Worker:
         while not self._stop:
             self._wake.clear()
             try:
-                if not self._step():
-                    if self._leave:
-                        return
-                    self._wake.wait()
-            except sqlite3.Error as error:
-                if self._stop:
+                if self._step():
+                    continue
+                if self._leave:
                     return
-                _warn("store", f"the queue cannot be read or written ({type(error).__name__}); trying again")
+                self._wake.wait()
+            except sqlite3.Error as error:
+                warn("store", f"the queue cannot be read or written ({type(error).__name__}); trying again")
                 self._pause(1.0)
             except Exception as error:  # noqa: BLE001 - a thread that ends would keep its queue for ever
                 log.error("broadcast: delivery to %r failed: %s", self.entry.destination.name, type(error).__name__)
                 self._pause(BACKOFF_MOST)
 
     def _step(self) -> bool:
-        """Deliver one batch, or find none."""
+        """Deliver one batch; false: there is none, or leaving and no answer."""
         entry, store = self.entry, self._owner.store
-        batch = store.batch(entry.id, self._most, self._until or None)
+        batch = store.batch(entry.id, self._most, self._until or 2**62)
         if not batch:
-            emptied, self._until, self._tries = self._until, 0, 0  # what was being retried made room for newer ones
-            return bool(emptied)
-        answer = self._send(entry.destination, envelope(body for _, body in batch))
-        if answer.retry:
-            self._again(entry, batch[-1][0], answer)
-        elif answer.status == 413 and len(batch) > 1:
+            emptied, self._until, self._tries = bool(self._until), 0, 0  # what was tried again made room for newer ones
+            return emptied
+        answer, last = self._send(entry.destination, envelope(body for _, body in batch)), batch[-1][0]
+        if answer.status == 413 and len(batch) > 1:
             self._most = len(batch) // 2
             store.release(entry.id)
+        elif answer.retry:
+            self._again(entry, last, answer)
+            return not self._leave
         else:
-            self._settle(entry, batch[-1][0], answer)
-        return not self._leave or not answer.retry
+            self._settle(entry, last, answer)
+        return True
 
     def _send(self, d: Destination, body: bytes) -> Answer:
-        settings = self._owner.settings
         try:
-            return send(d, body, settings.timeout, self._owner.listening(), opened=self._opened)
+            return send(d, body, self._owner.settings.timeout, self._owner.listening(), self._opened)
         finally:
             self._wire = None
 
@@ -1965,34 +1830,33 @@ class Worker:
         dropped = dropped or ("" if answer.cause in ("ok", "rejected") else answer.reason)
         error = "" if answer.cause == "ok" else answer.message + (f": {answer.said}" if answer.said else "")
         if error:
-            _warn(entry.id, f"destination {entry.destination.name!r}: {answer.message}")
-        while not self._stop:  # delivered is delivered: a disk that is full must not make it be sent again
+            warn(entry.id, f"destination {entry.destination.name!r}: {answer.message}")
+        while not self._stop:  # what arrived is not sent again because the disk is full
             try:
                 self._owner.store.settle(entry.id, last, dropped=dropped, rejected=answer.rejected, error=error)
                 break
             except sqlite3.Error:
-                _warn("store", "what was delivered cannot be written down; trying again")
+                warn("store", "what was delivered cannot be written down; trying again")
                 self._pause(0.5)
         self._until = self._tries = 0
         self._most = min(BATCH_ITEMS, self._most * 2)
 
     def _again(self, entry: Entry, last: int, answer: Answer) -> None:
         """Back off as the OTLP specification says, until max_elapsed has passed for this batch."""
-        now = time.monotonic()
+        now, store = time.monotonic(), self._owner.store
         if not self._tries:
             self._since, self._until = now, last
         left = self._since + self._owner.settings.max_elapsed - now
         pause = min(BACKOFF_MOST, BACKOFF_FIRST * 2 ** min(self._tries, 16)) * random.uniform(0.5, 1.5)
         pause = max(pause, answer.retry_after)
         self._tries += 1
-        if left <= 0:
-            return self._settle(entry, last, answer, "max_elapsed")
-        self._owner.store.release(entry.id)
-        self._owner.store.note(entry.id, answer.message)
-        _warn(entry.id, f"destination {entry.destination.name!r}: {answer.message}; trying again")
-        if not self._leave and not self._pause(min(pause, left)) and pause > left:
-            self._settle(entry, last, answer, "max_elapsed")
-        return None
+        if left > 0:
+            store.release(entry.id)
+            store.note(entry.id, answer.message)
+            warn(entry.id, f"destination {entry.destination.name!r}: {answer.message}; trying again")
+            if self._leave or self._pause(min(pause, left)) or pause <= left:
+                return
+        self._settle(entry, last, answer, "max_elapsed")
 
     def _pause(self, seconds: float) -> bool:
         """Wait; true if something changed that is worth another try at once."""
@@ -2001,29 +1865,16 @@ class Worker:
         return changed
 
 
-class Entry(NamedTuple):
-    """A destination as it is known here."""
-
-    id: str
-    destination: Destination
-    source: str  # page | file
-    created_at: str | None
-    updated_at: str | None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings, and the whole
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------- settings, and the whole
 
 MOST_DESTINATIONS: Final = 64
 TESTS_AT_ONCE: Final = 4
 TESTS_A_MINUTE: Final = 60
 SECRETS: Final = ("api_key", "token", "access_token")
-URLS: Final = ("endpoint", "base_url", "url")
 OPEN_HEADERS: Final = frozenset(("x-axiom-dataset", "x-honeycomb-dataset", "x-scope-orgid", "x-tenant", "content-type"))
 MARK: Final = "…"
 EDITABLE: Final = ("name", "type", "enabled", "config", "privacy_mode", "sampling_rate", "api_keys", "filter_rules")
-SHOWN_ONLY: Final = ("id", "source", "created_at", "updated_at")  # taken and ignored, so that what was read can be sent back
+SHOWN_ONLY: Final = ("id", "source", "created_at", "updated_at")  # taken and ignored: what was read can be sent back
 Reply = tuple[int, dict[str, Any]]
 
 
@@ -2032,23 +1883,19 @@ class Settings:
     """The [broadcast] table."""
 
     enabled: bool = field(default=False, metadata=_doc("the Enable Broadcast switch; the page can change it"))
-    service_name: str = field(default="openrouter", metadata=_doc("service.name; the default lets OpenRouter's queries work"))
+    service_name: str = field(default="openrouter", metadata=_doc("service.name; the default fits OpenRouter's queries"))
     service_version: str = field(default="1.0.0", metadata=_doc("service.version"))
-    database: str = field(default="state/broadcast.db", metadata=_doc("SQLite file: destinations made on the page, and the queues"))
-    queue_max_items: int = field(default=10_000, metadata=_doc("per destination; more drop the oldest, counted"))
-    queue_max_bytes: int = field(default=67_108_864, metadata=_doc("per destination; more drop the oldest, counted"))
+    database: str = field(default="state/broadcast.db", metadata=_doc("SQLite file: the page's destinations, and the queues"))
+    queue_max_items: int = field(default=10_000, metadata=_doc("per destination; overflow drops the oldest, counted"))
+    queue_max_bytes: int = field(default=67_108_864, metadata=_doc("per destination; overflow drops the oldest, counted"))
     timeout: float = field(default=10.0, metadata=_doc("seconds for one delivery"))
     max_elapsed: float = field(default=3600.0, metadata=_doc("seconds for all tries of one batch"))
     test_required: bool = field(default=True, metadata=_doc("a destination is saved only if its test passes"))
-    destinations: tuple[Destination, ...] = field(default=(), metadata=_doc("[[broadcast.destinations]], read-only on the page"))
+    destinations: tuple[Destination, ...] = field(default=(), metadata=_doc("[[broadcast.destinations]]; read-only on the page"))
 
     def __post_init__(self) -> None:
-        for key, least, most in (
-            ("queue_max_items", 1, 10**9),
-            ("queue_max_bytes", 1_024, 2**40),
-            ("timeout", 0.01, 600),
-            ("max_elapsed", 0, 30 * 86_400),
-        ):
+        limits = {"queue_max_items": (1, 10**9), "queue_max_bytes": (1_024, 2**40)}
+        for key, (least, most) in (limits | {"timeout": (0.01, 600), "max_elapsed": (0, 2_592_000)}).items():
             if not least <= getattr(self, key) <= most:
                 raise ValueError(f"{key}: must lie between {least} and {most}")
         for key in ("service_name", "service_version", "database"):
@@ -2059,20 +1906,21 @@ class Settings:
             raise ValueError(f"destinations: the name {doubled[0]!r} is used twice")
 
 
-class _ApiError(Exception):
+class ApiError(Exception):
     """An answer of the settings API that is not a success."""
 
     def __init__(self, status: int, message: str, param: str | None = None, **more: Any) -> None:
         super().__init__(message)
-        kind = {404: "not_found_error", 405: "invalid_request_error", 429: "rate_limit_error"}.get(status, "invalid_request_error")
-        self.reply: Reply = status, {"error": {"message": message, "type": kind, "param": param, "code": None}, **more}
+        kinds = {403: "permission_error", 404: "not_found_error", 429: "rate_limit_error", 503: "server_error"}
+        error = {"message": message, "type": kinds.get(status, "invalid_request_error"), "param": param, "code": None}
+        self.reply: Reply = status, {"error": error, **more}
 
 
 class Broadcast:
     """All of it: a sink for records, the threads behind it, the counters and the settings API.
 
-    `start=False` is for commands beside a running router (doctor): it reads, tests and answers, but starts no thread
-    and makes no file. Raises ValueError if the database cannot be used.
+    `start=False` is for commands beside a running router (doctor, replay): it reads, tests and answers, but starts no
+    thread and makes no file. Raises ValueError if the database cannot be used.
     """
 
     def __init__(self, settings: Settings, *, listening: Listening = set, start: bool = True) -> None:
@@ -2090,55 +1938,48 @@ class Broadcast:
         self._started = start
         if Path(settings.database).exists() or (start and settings.enabled and settings.destinations):
             self._open()
-        if start:
-            self._forget_removed()
-            self._apply()
+        self._refresh()
 
-    # -- the sink
+    # -- records
 
     def sink(self, event: Record) -> None:
         """Take a finished request's record; any other event is ignored. Never waits, never raises."""
-        if event.get("type") != "complete":
-            return
-        self._latest = event
-        if writer := self._writer:
-            writer.put(event)
+        if event.get("type") == "complete":
+            self._latest = event
+            if writer := self._writer:
+                writer.put(event)
 
-    def offers(self, group: list[Record], lost: int) -> tuple[list[tuple[bytes, list[str]]], Counter[tuple[str, str]]]:
+    def offers(self, group: list[Record], lost: int) -> tuple[Offers, Counts]:
         """What each record means for each destination: a fragment per kind of privacy, and counts of the rest."""
         counts: Counter[tuple[str, str]] = Counter()
-        offers: list[tuple[bytes, list[str]]] = []
+        offers: Offers = []
         takers = self._takers
         for entry in takers if lost else ():
             counts[entry.id, "accepted"] = counts[entry.id, "dropped:handover_full"] = lost
         for record in group:
             for privacy in (False, True):
-                wanted = [e for e in takers if e.destination.privacy_mode == privacy]
-                self._offer(record, wanted, privacy, offers, counts)
+                wanted = [entry for entry in takers if entry.destination.privacy_mode == privacy]
+                body, taken, reason = self._offer(record, wanted, privacy, counts)
+                if reason:
+                    counts.update({(identity, kind): 1 for identity in taken for kind in ("accepted", f"dropped:{reason}")})
+                elif taken:
+                    offers.append((body, taken))
         return offers, counts
 
     def _offer(
-        self,
-        record: Record,
-        wanted: list[Entry],
-        privacy: bool,
-        offers: list[tuple[bytes, list[str]]],
-        counts: Counter[tuple[str, str]],
-    ) -> None:
+        self, record: Record, wanted: list[Entry], privacy: bool, counts: Counter[tuple[str, str]]
+    ) -> tuple[bytes, list[str], str]:
+        """The fragment, who takes it, and why nobody can have it."""
         try:
             skipped = {entry.id: skip_reason(entry.destination, record, self._search) for entry in wanted}
             counts.update((identity, f"skipped:{reason}") for identity, reason in skipped.items() if reason)
             taken = [identity for identity, reason in skipped.items() if not reason]
             self._given.update(dict.fromkeys(taken, record))
-            if taken:
-                body = fragment(self._encode(record, privacy))
-                reason = "too_large" if len(body) > self.settings.queue_max_bytes else ""
-                offers.extend([] if reason else [(body, taken)])
+            body = fragment(self._encode(record, privacy)) if taken else b""
+            return body, taken, "too_large" if len(body) > self.settings.queue_max_bytes else ""
         except Exception as error:  # noqa: BLE001 - one record must not stop the others
             log.error("broadcast: a record could not be encoded: %s", type(error).__name__)
-            taken, reason = [entry.id for entry in wanted], "encode_error"
-        if taken and reason:
-            counts.update({(identity, kind): 1 for identity in taken for kind in ("accepted", f"dropped:{reason}")})
+            return b"", [entry.id for entry in wanted], "encode_error"
 
     def _encode(self, record: Record, privacy: bool) -> dict[str, Any]:
         names = {"service_name": self.settings.service_name, "service_version": self.settings.service_version}
@@ -2148,24 +1989,22 @@ class Broadcast:
 
     @property
     def store(self) -> Store:
-        return self._open()
+        return self._store or self._open()
 
     def _open(self) -> Store:
         with self._lock:
-            if self._store is None:
-                s = self.settings
-                try:
-                    self._store = Store(s.database, s.queue_max_items, s.queue_max_bytes)
-                except (OSError, sqlite3.Error) as error:
-                    why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-                    raise ValueError(f"database: {s.database} cannot be used ({why}); move it away or mend it") from None
+            s = self.settings
+            try:
+                self._store = self._store or Store(s.database, s.queue_max_items, s.queue_max_bytes)
+            except (OSError, sqlite3.Error) as error:
+                why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+                raise ValueError(f"database: {s.database} cannot be used ({why}); move it away or mend it") from None
             return self._store
 
     @property
     def enabled(self) -> bool:
         """What the page chose last, unless the file was changed after that."""
-        chosen = self._store.switch() if self._store else None
-        in_file = self.settings.enabled
+        chosen, in_file = self._store.switch() if self._store else None, self.settings.enabled
         return chosen["enabled"] if chosen and chosen["in_file"] == in_file else in_file
 
     def entries(self) -> list[Entry]:
@@ -2174,28 +2013,27 @@ class Broadcast:
             try:
                 made.append(Entry(identity, _destination(body), "page", created, updated))
             except ValueError as error:
-                _warn(identity, f"a saved destination is no longer valid and rests: {error}")
+                warn(identity, f"a saved destination is no longer valid and rests: {error}")
         return made
 
-    def _forget_removed(self) -> None:
-        """A destination that left config.toml takes its queue with it; page-made ones are removed by DELETE."""
-        if self._store:
+    def _refresh(self) -> None:
+        """At the start and after a reload: a destination that left config.toml takes its queue with it."""
+        if self._started and self._store:
             known = [_file_id(d.name) for d in self.settings.destinations] + [row[0] for row in self._store.saved()]
             if lost := self._store.keep_only(known):
                 log.warning("broadcast: %d queued records of removed destinations were dropped", lost)
+        self._apply()
 
     def _apply(self) -> None:
         """Let the threads fit the settings: none while switched off or without a destination."""
         with self._lock:
-            if not self._started:
-                return
-            active = {e.id: e for e in self.entries() if e.destination.enabled} if self.enabled else {}
+            active = {e.id: e for e in self.entries() if e.destination.enabled} if self.enabled and self._started else {}
             self._takers = tuple(active.values())
             gone = [self._workers.pop(identity) for identity in list(self._workers) if identity not in active]
             if active and not self._writer:
                 self._open()
                 self._writer = Writer(self)
-            if not active and self._writer:
+            elif not active and self._writer:
                 writer, self._writer = self._writer, None
                 writer.stop(2.0)
             for identity, entry in active.items():
@@ -2207,9 +2045,8 @@ class Broadcast:
             worker.stop(0.0)
 
     def wake(self, destinations: Iterable[str]) -> None:
-        workers = self._workers
-        for identity in destinations:
-            if worker := workers.get(identity):
+        for worker in map(self._workers.get, destinations):
+            if worker:
                 worker.wake()
 
     def reload(self, settings: Settings) -> None:
@@ -2220,8 +2057,7 @@ class Broadcast:
             self.settings = settings
             if self._store:
                 self._store.limit(settings.queue_max_items, settings.queue_max_bytes)
-            self._forget_removed()
-            self._apply()
+            self._refresh()
 
     def close(self, timeout: float) -> None:
         """Commit what was handed over, deliver what can be within `timeout`, and leave the rest in the database."""
@@ -2240,23 +2076,21 @@ class Broadcast:
         if self._store:
             self._store.close()
 
+    # -- what it shows
+
     def stats(self) -> dict[str, Any]:
         """The `broadcast` object of GET /api/v1/stats."""
-        ledger, states = (self._store.ledger(), self._store.states()) if self._store else ({}, {})
-        shown = {
-            entry.destination.name: _counters(entry.id, ledger.get(entry.id, {}), states.get(entry.id))
-            for entry in self.entries()
-        }
+        ledger = self._store.ledger() if self._store else {}
+        shown = {entry.destination.name: _counters(entry.id, ledger.get(entry.id, {})) for entry in self.entries()}
         return {"enabled": self.enabled, "destinations": shown}
 
     def doctor(self) -> list[dict[str, Any]]:
         """Test every enabled destination: [{place, ok, message, cure}]."""
         findings = []
-        for entry in self.entries():
-            if entry.destination.enabled:
-                result = try_out(entry.destination, self.settings, self.listening())
-                place = f"broadcast destination {entry.destination.name}"
-                findings.append({"place": place, "ok": result["ok"], "message": result["message"], "cure": result["advice"]})
+        for d in (entry.destination for entry in self.entries() if entry.destination.enabled):
+            result = try_out(d, self.settings, self.listening())
+            found = {"ok": result["ok"], "message": result["message"], "cure": result["advice"]}
+            findings.append({"place": f"broadcast destination {d.name}"} | found)
         return findings
 
     # -- the settings API
@@ -2265,32 +2099,31 @@ class Broadcast:
         """Answer a request below /api/v1/observability, its JSON body already read."""
         try:
             return self._route(method, path.rstrip("/"), body)
-        except _ApiError as error:
+        except ApiError as error:
             return error.reply
         except sqlite3.IntegrityError:
-            return _ApiError(409, "Another destination has that name", "name").reply
+            return ApiError(409, "name: another destination has it", "name").reply
         except (sqlite3.Error, OSError) as error:
             log.error("broadcast: the settings cannot be read or written: %s", type(error).__name__)
-            return _ApiError(503, "The settings cannot be read or written now").reply
+            return ApiError(503, "The settings cannot be read or written now").reply
         except ValueError as error:
-            return _bad(error).reply
+            place = str(error).partition(":")[0]
+            return ApiError(400, str(error), f"config.{place}" if place.partition(".")[0] in OWN_FIELDS else place).reply
 
     def _route(self, method: str, path: str, body: Any) -> Reply:
         for pattern, methods in ROUTES:
             if match := pattern.fullmatch(path):
                 if method not in methods:
-                    allow = sorted(methods)
-                    raise _ApiError(405, f"Only {', '.join(allow)} here", None, allow=allow)
+                    raise ApiError(405, f"Only {', '.join(methods)} here", allow=list(methods))
                 return methods[method](self, body, *match.groups())
-        raise _ApiError(404, "There is nothing here")
+        raise ApiError(404, "There is nothing here")
 
     def _get_switch(self, _: Any) -> Reply:
         return 200, {"enabled": self.enabled}
 
     def _put_switch(self, body: Any) -> Reply:
-        _only(body, ("enabled",))
-        if not isinstance(body.get("enabled"), bool):
-            raise _ApiError(400, "enabled: must be true or false", "enabled")
+        if not isinstance(_only(body, ("enabled",)).get("enabled"), bool):
+            raise ApiError(400, "enabled: must be true or false", "enabled")
         with self._lock:
             self.store.set_switch(body["enabled"], self.settings.enabled)
             self._apply()
@@ -2299,38 +2132,34 @@ class Broadcast:
     def _list(self, _: Any) -> Reply:
         return 200, {"destinations": [_shown(entry) for entry in self.entries()]}
 
-    def _entry(self, identity: str) -> Entry:
-        for entry in self.entries():
-            if entry.id == identity:
-                return entry
-        raise _ApiError(404, "There is no such destination")
-
-    def _editable(self, identity: str) -> Entry:
-        entry = self._entry(identity)
-        if entry.source == "file":
-            raise _ApiError(403, "This destination is in config.toml; change it there")
+    def _entry(self, identity: str, *, editable: bool = False) -> Entry:
+        entry = next((entry for entry in self.entries() if entry.id == identity), None)
+        if entry is None:
+            raise ApiError(404, "There is no such destination")
+        if editable and entry.source == "file":
+            raise ApiError(403, "This destination is in config.toml; change it there")
         return entry
 
     def _get(self, _: Any, identity: str) -> Reply:
         return 200, _shown(self._entry(identity))
 
     def _post(self, body: Any) -> Reply:
-        identity = str(uuid.uuid4())
         if len(self.entries()) >= MOST_DESTINATIONS:
-            raise _ApiError(400, f"There are {MOST_DESTINATIONS} destinations already")
-        return self._save(201, identity, body, None)
+            raise ApiError(400, f"There are {MOST_DESTINATIONS} destinations already")
+        return 201, self._save(str(uuid.uuid4()), body, None)
 
     def _put(self, body: Any, identity: str) -> Reply:
-        return self._save(200, identity, body, self._editable(identity))
+        return 200, self._save(identity, body, self._entry(identity, editable=True))
 
-    def _save(self, status: int, identity: str, body: Any, stored: Entry | None) -> Reply:
+    def _save(self, identity: str, body: Any, stored: Entry | None) -> dict[str, Any]:
         """Test exactly what is about to be stored, then store it: nothing changes if the test fails."""
         try:
-            draft, merged = self._draft(body, stored)
+            draft = self._draft(body, stored)
         except BadAddress as error:
             raise _failed_test(_result(Answer("address", str(error)), 0, BAD_URL)) from None
         if any(e.id != identity and e.destination.name == draft.name for e in self.entries()):
-            raise _ApiError(409, "Another destination has that name", "name")
+            raise ApiError(409, "name: another destination has it", "name")
+        # A destination that broke can be switched off without mending it first.
         resting = stored is not None and not draft.enabled and _connection(draft) == _connection(stored.destination)
         if self.settings.test_required and not resting:
             result = self._tried(draft)
@@ -2338,26 +2167,23 @@ class Broadcast:
                 raise _failed_test(result)
         with self._lock:
             if stored:
-                self._editable(identity)
-            self.store.save(identity, draft.name, merged)
+                self._entry(identity, editable=True)  # deleted meanwhile?
+            self.store.save(identity, draft.name, _body(draft))
             self._apply()
-        return status, _shown(self._entry(identity))
+            return _shown(self._entry(identity))
 
     def _delete(self, _: Any, identity: str) -> Reply:
         with self._lock:
-            self._editable(identity)
+            self._entry(identity, editable=True)
             self.store.delete(identity)
             self._given.pop(identity, None)
             self._apply()
         return 200, {"id": identity, "deleted": True}
 
     def _test(self, body: Any) -> Reply:
-        stored = None
-        if isinstance(body, dict) and "id" in body:
-            stored = self._entry(str(body["id"]))
+        stored = self._entry(str(body["id"])) if isinstance(body, dict) and "id" in body else None
         try:
-            only_id = stored is not None and not set(body) - set(SHOWN_ONLY)
-            draft = stored.destination if stored and only_id else self._draft(body, stored)[0]
+            draft = stored.destination if stored and not set(body) - set(SHOWN_ONLY) else self._draft(body, stored)
         except BadAddress as error:
             return 200, _result(Answer("address", str(error)), 0, BAD_URL)
         return 200, self._tried(draft)
@@ -2367,10 +2193,10 @@ class Broadcast:
         now = time.monotonic()
         with self._lock:
             if len(self._tested) == TESTS_A_MINUTE and now - self._tested[0] < 60:
-                raise _ApiError(429, "Too many connection tests; wait a minute")
+                raise ApiError(429, "Too many connection tests; wait a minute")
             self._tested.append(now)
         if not self._testing.acquire(blocking=False):
-            raise _ApiError(429, "Too many connection tests at once; wait for the others")
+            raise ApiError(429, "Too many connection tests at once; wait for the others")
         try:
             return try_out(draft, self.settings, self.listening())
         finally:
@@ -2378,132 +2204,95 @@ class Broadcast:
 
     def _payload(self, _: Any, identity: str) -> Reply:
         """Exactly what this destination would get for the last record that is for it."""
-        d = self._entry(identity).destination
-        record = self._latest
+        d, record = self._entry(identity).destination, self._latest
         if record is None or skip_reason(d, record, self._search):
             record = self._given.get(identity)
-        if record is None:
-            return 200, {"generation_id": None, "request": _request_line(d), "payload": None}
-        document = self._encode(record, d.privacy_mode)
-        return 200, {"generation_id": record["generation_id"], "request": _request_line(d), "payload": document}
+        document = self._encode(record, d.privacy_mode) if record else None
+        return 200, {"generation_id": record and record["generation_id"], "request": _request(d), "payload": document}
 
-    def _draft(self, body: Any, stored: Entry | None) -> tuple[Destination, dict[str, Any]]:
+    def _draft(self, body: Any, stored: Entry | None) -> Destination:
         """The destination that `body` describes, on top of the stored one; masked values stand for what is stored."""
-        _only(body, EDITABLE + SHOWN_ONLY)
-        base = _body(stored.destination) if stored else {}
-        merged = base | {key: body[key] for key in EDITABLE if key in body}
-        if not isinstance(merged.get("type"), str) or merged["type"] not in TYPES:
-            raise _ApiError(400, f"type: must be one of {', '.join(k for k in TYPES if k != 'file')}", "type")
-        if merged["type"] == "file" and (stored is None or stored.source == "page"):
-            raise _ApiError(400, "type: file destinations are made in config.toml only", "type")
-        merged.setdefault("name", self._free_name(merged["type"]))
-        config, kept = _unmask(_config(merged.get("config")), stored)
-        merged["config"] = config
+        merged = _body(stored.destination) if stored else {"config": {}}
+        merged |= {key: value for key, value in _only(body, EDITABLE + SHOWN_ONLY).items() if key in EDITABLE}
+        kind = merged.get("type")
+        if not isinstance(kind, str) or kind not in TYPES:
+            raise ApiError(400, f"type: must be one of {', '.join(name for name in TYPES if name != 'file')}", "type")
+        if kind == "file":
+            raise ApiError(400, "type: file destinations are made in config.toml only", "type")
+        names = {entry.destination.name for entry in self.entries()}
+        merged.setdefault("name", next(n for n in (kind, *(f"{kind} {i}" for i in range(2, 99))) if n not in names))
+        merged["config"], kept = _unmask(_config(merged["config"]), stored)
         made = _destination(merged)
-        if kept and stored and (stored.destination.type == "file" or target(made).origin != target(stored.destination).origin):
-            raise _ApiError(400, f"{kept[0]}: the address changed, so enter it again", f"config.{kept[0]}")
-        return made, _body(made)
-
-    def _free_name(self, kind: str) -> str:
-        taken = {entry.destination.name for entry in self.entries()}
-        return next(name for name in (kind, *(f"{kind} {n}" for n in range(2, 99))) if name not in taken)
+        if kept and stored and target(made).origin != target(stored.destination).origin:
+            raise ApiError(400, f"config.{kept[0]}: the address changed, so enter it again", f"config.{kept[0]}")
+        return made
 
 
 ROUTES: Final[tuple[tuple[re.Pattern[str], dict[str, Callable[..., Reply]]], ...]] = (
     (re.compile(r""), {"GET": Broadcast._get_switch, "PUT": Broadcast._put_switch}),
     (re.compile(r"/destinations"), {"GET": Broadcast._list, "POST": Broadcast._post}),
     (re.compile(r"/destinations/test"), {"POST": Broadcast._test}),
-    (re.compile(r"/destinations/([A-Za-z0-9-]{1,64})/payload"), {"GET": Broadcast._payload}),
-    (
-        re.compile(r"/destinations/([A-Za-z0-9-]{1,64})"),
-        {"GET": Broadcast._get, "PUT": Broadcast._put, "DELETE": Broadcast._delete},
-    ),
+    (re.compile(r"/destinations/([^/]+)/payload"), {"GET": Broadcast._payload}),
+    (re.compile(r"/destinations/([^/]+)"), {"GET": Broadcast._get, "PUT": Broadcast._put, "DELETE": Broadcast._delete}),
 )
-BAD_URL: Final = "Use the http:// or https:// address that takes OTLP over HTTP, usually ending in /v1/traces."
 
 
 def _file_id(name: str) -> str:
     return f"file-{_hash(name)[:24]}"
 
 
-def _counters(identity: str, counts: Mapping[str, int], state: tuple[str | None, ...] | None) -> dict[str, Any]:
-    error, error_at, success = state or (None, None, None)
+def _counters(identity: str, counts: Mapping[str, Any]) -> dict[str, Any]:
+    error, error_at, success = counts.get("state") or (None, None, None)
 
     def by_reason(prefix: str) -> dict[str, int]:
         return {kind.removeprefix(prefix): n for kind, n in sorted(counts.items()) if kind.startswith(prefix) and n}
 
-    return {
-        "id": identity,
-        "accepted": counts.get("accepted", 0),
-        "delivered": counts.get("delivered", 0),
-        "dropped": by_reason("dropped:"),
-        "queued": counts.get("queued", 0),
-        "skipped": by_reason("skipped:"),
-        "last_error": error,
-        "last_error_at": error_at,
-        "last_success": success,
-    }
+    made = {"id": identity} | {kind: counts.get(kind, 0) for kind in ("accepted", "delivered", "queued")}
+    made |= {"dropped": by_reason("dropped:"), "skipped": by_reason("skipped:")}
+    return made | {"last_error": error, "last_error_at": error_at, "last_success": success}
 
 
-def _bad(error: ValueError) -> _ApiError:
-    place = str(error).partition(":")[0]
-    own = place.partition(".")[0] in OWN_FIELDS
-    return _ApiError(400, str(error), f"config.{place}" if own else place)
+def _failed_test(result: dict[str, Any]) -> ApiError:
+    return ApiError(422, f"Not saved, the test failed: {result['message']}", **result)
 
 
-def _failed_test(result: dict[str, Any]) -> _ApiError:
-    return _ApiError(422, f"Not saved, the test failed: {result['message']}", None, **result)
-
-
-def _only(body: Any, keys: tuple[str, ...]) -> None:
+def _only(body: Any, keys: tuple[str, ...]) -> dict[str, Any]:
     if not isinstance(body, dict):
-        raise _ApiError(400, "The body must be a JSON object")
+        raise ApiError(400, "The body must be a JSON object")
     if unknown := sorted(key for key in body if key not in keys):
-        raise _ApiError(400, f"{unknown[0]}: unknown key, only {', '.join(keys)}", unknown[0])
+        raise ApiError(400, f"{unknown[0]}: unknown key, only {', '.join(keys)}", unknown[0])
+    return body
 
 
 def _config(given: Any) -> dict[str, Any]:
-    """The `config` object with our names (baseUrl is base_url) and text where text belongs."""
+    """The `config` object with our names (OpenRouter's baseUrl is base_url) and text where text belongs."""
     if not isinstance(given, dict):
-        raise _ApiError(400, "config: must be an object with the type's fields", "config")
-    made = {re.sub(r"(?<=[a-z])([A-Z])", lambda m: f"_{m[1].lower()}", key): value for key, value in given.items()}
+        raise ApiError(400, "config: must be an object with the type's fields", "config")
+    made = {re.sub(r"(?<=[a-z])[A-Z]", lambda m: f"_{m[0].lower()}", key): value for key, value in given.items()}
     for key, value in made.items():
+        place = f"config.{key}"
         if key not in OWN_FIELDS or key == "path":
-            raise _ApiError(400, f"config.{key}: unknown key", f"config.{key}")
+            raise ApiError(400, f"{place}: unknown key", place)
         if key == "instance_id" and isinstance(value, int) and not isinstance(value, bool):
             made[key] = str(value)
-        if key == "headers":
-            made[key] = _pasted_headers(value)
-        elif not isinstance(made[key], str):
-            raise _ApiError(400, f"config.{key}: must be text", f"config.{key}")
-        if any("${" in str(text) for text in (made[key].values() if key == "headers" else [made[key]])):
-            raise _ApiError(400, f"config.{key}: ${{NAME}} works in config.toml only; enter the value", f"config.{key}")
+        elif not isinstance(value, dict if key == "headers" else str):
+            raise ApiError(400, f"{place}: must be {'an object' if key == 'headers' else 'text'}", place)
+        if any("${" in str(text) for text in (value.values() if isinstance(value, dict) else (value,))):
+            raise ApiError(400, f"{place}: ${{NAME}} works in config.toml only; enter the value", place)
     return made
-
-
-def _pasted_headers(value: Any) -> dict[str, Any]:
-    """Headers as a JSON object, or as the text of one."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value or "{}")
-        except (ValueError, RecursionError):
-            value = None
-    if not isinstance(value, dict):
-        raise _ApiError(400, "config.headers: must be a JSON object of names and values", "config.headers")
-    return value
 
 
 def _destination(body: Mapping[str, Any]) -> Destination:
     """From the stored or sent form; raises ValueError naming the field."""
-    wanted = {"name": str, "enabled": bool, "privacy_mode": bool, "sampling_rate": (int, float), "filter_rules": dict}
-    shared = {key: body[key] for key in wanted if body.get(key) is not None}
+    types = {"name": str, "enabled": bool, "privacy_mode": bool, "sampling_rate": int | float, "filter_rules": dict}
+    shared = {key: body[key] for key in types if body.get(key) is not None}
     for key, value in shared.items():
-        if not isinstance(value, wanted[key]) or (key == "sampling_rate" and isinstance(value, bool)):  # type: ignore[arg-type]
+        if not isinstance(value, types[key]) or (key == "sampling_rate" and isinstance(value, bool)):
             raise ValueError(f"{key}: has the wrong type")
     keys = body.get("api_keys")
     if keys is not None and (not isinstance(keys, list) or not keys or not all(isinstance(k, str) and k for k in keys)):
         raise ValueError("api_keys: must be null for all, or a list of at least one name")
-    return Destination(type=body["type"], api_keys=tuple(keys or ()), **shared, **body.get("config", {}))
+    return Destination(type=body["type"], api_keys=tuple(keys or ()), **shared, **body["config"])
 
 
 def _connection(d: Destination) -> tuple[Any, ...]:
@@ -2512,23 +2301,15 @@ def _connection(d: Destination) -> tuple[Any, ...]:
 
 def _body(d: Destination) -> dict[str, Any]:
     """The form that is stored and, masked, shown."""
-    kind = TYPES[d.type]
-    config = {name: getattr(d, name) for name in kind.required + kind.optional if getattr(d, name) not in ("", {})}
-    return {
-        "name": d.name,
-        "type": d.type,
-        "enabled": d.enabled,
-        "config": config,
-        "privacy_mode": d.privacy_mode,
-        "sampling_rate": d.sampling_rate,
-        "api_keys": list(d.api_keys) or None,
-        "filter_rules": d.filter_rules or None,
-    }
+    own = TYPES[d.type].required + TYPES[d.type].optional
+    body = {key: getattr(d, key) for key in ("name", "type", "enabled", "privacy_mode", "sampling_rate")}
+    body |= {"config": {name: getattr(d, name) for name in own if getattr(d, name) not in ("", {})}}
+    return body | {"api_keys": list(d.api_keys) or None, "filter_rules": d.filter_rules or None}
 
 
 def _shown(entry: Entry) -> dict[str, Any]:
     body = _body(entry.destination)
-    shown = {"id": entry.id} | body | {"config": _masked(body["config"])}
+    shown = {"id": entry.id} | body | {"config": {name: _masked(name, value) for name, value in body["config"].items()}}
     return shown | {"source": entry.source, "created_at": entry.created_at, "updated_at": entry.updated_at}
 
 
@@ -2536,21 +2317,14 @@ def mask(value: str) -> str:
     return f"{value[:4]}{MARK}{value[-4:]}" if len(value) >= 16 else MARK
 
 
-def _mask_field(name: str, value: str) -> str:
+def _masked(name: str, value: Any) -> Any:
+    """A field of `config` as it is shown."""
+    if isinstance(value, dict):
+        return {key: text if key.lower() in OPEN_HEADERS else mask(text) for key, text in value.items()}
     if name in URLS:  # a key in the query is a secret too
         base, has_query, _ = value.partition("?")
         return f"{base}?{MARK}" if has_query else value
     return mask(value) if name in SECRETS else value
-
-
-def _mask_header(name: str, value: str) -> str:
-    return value if name.lower() in OPEN_HEADERS else mask(value)
-
-
-def _masked(config: Mapping[str, Any]) -> dict[str, Any]:
-    headers = {name: _mask_header(name, value) for name, value in config.get("headers", {}).items()}
-    shown = {name: _mask_field(name, value) for name, value in config.items() if name != "headers"}
-    return shown | ({"headers": headers} if headers else {})
 
 
 def _unmask(config: dict[str, Any], stored: Entry | None) -> tuple[dict[str, Any], list[str]]:
@@ -2558,81 +2332,70 @@ def _unmask(config: dict[str, Any], stored: Entry | None) -> tuple[dict[str, Any
     old = _body(stored.destination)["config"] if stored else {}
     kept: list[str] = []
 
-    def value_of(place: str, given: Any, was: Any, shown: str | None) -> Any:
-        if not isinstance(given, str) or MARK not in given:
-            return given
-        if was is None or given != shown:
-            raise _ApiError(400, f"config.{place}: is masked, and nothing stored has that mask; enter it again", f"config.{place}")
-        kept.append(place)
-        return was
+    def put_back(place: str, given: dict[str, Any], was: Mapping[str, Any], shown: Mapping[str, Any]) -> dict[str, Any]:
+        masked = [name for name, value in given.items() if isinstance(value, str) and MARK in value]
+        for name in masked:
+            if name not in was or given[name] != shown[name]:
+                where = f"config.{place}{name}"
+                raise ApiError(400, f"{where}: is masked, and nothing stored has that mask; enter it again", where)
+            kept.append(place + name)
+        return given | {name: was[name] for name in masked}
 
-    made = dict(config)
-    for name, given in config.items():
-        was = old.get(name)
-        if name != "headers":
-            made[name] = value_of(name, given, was, _mask_field(name, was) if was else None)
-            continue
-        held = {key.lower(): value for key, value in (was or {}).items()}
-        made[name] = {
-            key: value_of(f"headers.{key}", value, held.get(key.lower()), _mask_header(key, held.get(key.lower(), "")))
-            for key, value in given.items()
-        }
+    made = put_back("", config, old, {name: _masked(name, value) for name, value in old.items()})
+    if "headers" in made:
+        held = old.get("headers", {})
+        made["headers"] = put_back("headers.", made["headers"], held, _masked("headers", held))
     return made, kept
 
 
-def _request_line(d: Destination) -> dict[str, Any]:
+def _request(d: Destination) -> dict[str, Any]:
+    """The line and headers of a delivery, as they may be shown."""
     if d.type == "file":
         return {"method": "append", "url": d.path, "headers": {}}
     to = target(d)
-    url = _mask_field("url", f"{to.scheme}://{to.authority}{to.path}")
-    headers = {name: _mask_header(name, value) for name, value in to.headers.items()}
-    return {"method": to.method, "url": url, "headers": {"Content-Type": "application/json"} | headers}
+    url = _masked("url", f"{to.scheme}://{to.authority}{to.path}")
+    return {"method": to.method, "url": url, "headers": {"Content-Type": "application/json"} | _masked("", to.headers)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Replay of a `file` destination
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------ replay of a file destination
 
 
 def replay(path: str, settings: Settings, name: str, *, listening: Listening = set) -> dict[str, Any]:
-    """Send the lines of a `file` destination to destination `name`, in order.
+    """Send the lines that a `file` destination wrote to destination `name`, in order: {lines, delivered, dropped, last_error}.
 
-    Gives {lines, delivered, dropped: {reason: n}, last_error}. Waits as a delivery does while the destination does not
-    answer. A private destination only gets lines that were written in private: content is never cut out of a line.
-    Raises ValueError if there is no such destination, OSError if the file cannot be read.
+    Waits as a delivery does while the destination does not answer. A private destination only gets lines that were
+    written in private: content is never cut out of a line. Raises ValueError if there is no such destination, OSError
+    if the file cannot be read.
     """
-    broadcast = Broadcast(settings, listening=listening, start=False)
-    d = next((e.destination for e in broadcast.entries() if e.destination.name == name), None)
+    entries = Broadcast(settings, listening=listening, start=False).entries()
+    d = next((entry.destination for entry in entries if entry.destination.name == name), None)
     if d is None:
         raise ValueError(f"--to: there is no destination {name!r}")
-    dropped: Counter[str] = Counter()
-    lines, delivered, last_error = 0, 0, None
+    counts: Counter[str] = Counter()
+    last_error = None
     with Path(path).open("rb") as file:
         for line in file:
-            lines += 1
-            reason, answer = _line_reason(line, d.privacy_mode), None
+            reason = _unfit(line, d.privacy_mode)
             if not reason:
                 answer = _insist(d, line.strip(), settings, listening)
-                reason = "" if answer.cause == "ok" else answer.reason
-                last_error = answer.message if reason else last_error
-            delivered += not reason
-            dropped.update([reason] if reason else [])
-    return {"lines": lines, "delivered": delivered, "dropped": dict(dropped), "last_error": last_error}
+                reason, last_error = ("", last_error) if answer.cause == "ok" else (answer.reason, answer.message)
+            counts.update([reason])
+    delivered = counts.pop("", 0)
+    return {"lines": delivered + counts.total(), "delivered": delivered, "dropped": dict(counts), "last_error": last_error}
 
 
-def _line_reason(line: bytes, privacy: bool) -> str:
+def _unfit(line: bytes, privacy: bool) -> str:
     try:
         document = json.loads(line)
-        spans = [s for r in document["resourceSpans"] for scope in r["scopeSpans"] for s in scope["spans"]]
+        spans = [span for entry in document["resourceSpans"] for scope in entry["scopeSpans"] for span in scope["spans"]]
         return "content" if privacy and any(map(_has_content, spans)) else ""
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return "not_otlp"
 
 
 def _has_content(span: Mapping[str, Any]) -> bool:
     keys = {pair.get("key") for pair in span.get("attributes", [])}
-    told = span.get("status", {}).get("message")
-    return bool(keys & CONTENT_KEYS) or told not in (None, *SENTENCES.values())
+    return bool(keys & CONTENT_KEYS) or span["status"].get("message") not in (None, *SENTENCES.values())
 
 
 def _insist(d: Destination, line: bytes, settings: Settings, listening: Listening) -> Answer:

@@ -11,7 +11,9 @@ Rules, plugins and classifiers are tables of small parts: `RULES`, `PLUGINS`, `C
 
 from __future__ import annotations
 
+import copy
 import logging
+import math
 import random
 import statistics
 import string
@@ -22,11 +24,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import plugins
 import providers
+from plugins import Part
 from providers import (
     Answer,
+    BadRequest,
     Call,
     ClientGone,
+    Done,
     Event,
     Malformed,
     NoProvider,
@@ -41,6 +47,7 @@ from providers import (
     Upstream,
     UpstreamError,
     Usage,
+    Used,
 )  # fmt: skip
 
 log = logging.getLogger("opensourcellmrouter.pipeline")
@@ -97,15 +104,36 @@ class Lane:
         self._rests_until = 0.0
         self._probing = False
         self._lock = threading.Lock()
+        self.cost_usd = 0.0
+        self.discovered: tuple[str, ...] = ()
+        self.capabilities: dict[str, frozenset[str]] = {}
         self._measured: dict[str, deque[tuple[float, float]]] = {
             "ttft_ms": deque(maxlen=100),
             "tokens_per_s": deque(maxlen=100),
         }
 
+    def unchanged(self, provider: Provider, key: str | None, breaker: Breaker) -> bool:
+        """May this lane stay in service after a reload?"""
+        return (self.provider, self.upstream.key, self._breaker) == (provider, key, breaker)
+
     @property
     def models(self) -> tuple[str, ...]:
-        """The models it is known to serve."""
-        return getattr(self.upstream.language, "MODELS", ()) + tuple(m for m in self.provider.models if m != "*")
+        """The models it is known to serve: told, built in, or found out."""
+        told = (*getattr(self.upstream.language, "MODELS", ()), *(m for m in self.provider.models if m != "*"))
+        return (*told, *(m for m in self.discovered if m not in told))
+
+    @property
+    def discoverable(self) -> bool:
+        """Does this provider tell its models when asked, and are we to ask?"""
+        asks = "*" in self.provider.models if self.provider.format == "openai" else True
+        return asks and hasattr(self.upstream.language, "models_call")
+
+    def lacks(self, request: Request, model: str) -> str | None:
+        """What the request needs that this provider cannot do with this model; None if nothing is known to be missing."""
+        if request.operation not in ("chat", "count_tokens", *getattr(self.upstream.language, "OPERATIONS", ())):
+            return request.operation
+        able = self.capabilities.get(model) or self.capabilities.get(f"{model}:latest")
+        return None if able is None else next((need for need in needs(request) if need not in able), None)
 
     def resting(self) -> float:
         """Seconds until this provider may be asked again; 0 when it may."""
@@ -165,6 +193,12 @@ class Lane:
         }
 
 
+def needs(request: Request) -> list[str]:
+    """The capabilities that a request calls for, in Ollama's words (its /api/show lists them)."""
+    images = any(b["type"] == "image" for m in request.messages for b in m.content)
+    return [*(["vision"] if images else []), *(["tools"] if request.tools and request.tool_choice != "none" else [])]
+
+
 # Rules ----------------------------------------------------------------------------------------------------------------
 @dataclass(slots=True)
 class Candidate:
@@ -190,9 +224,10 @@ class Verdict:
 
 @dataclass(slots=True)
 class Question:
-    """What rules decide about: a model name, the request's tags, and the providers in service."""
+    """What rules decide about: a model name, the request with its tags, and the providers in service."""
 
     model: str
+    request: Request
     tags: Sequence[str]
     lanes: Mapping[str, Lane]
 
@@ -277,12 +312,107 @@ class Random(Rule):
         return Verdict("at random", random.sample(offered, len(offered)))
 
 
+@dataclass(frozen=True)
+class Tag(Rule):
+    """Requests that a classifier gave this tag go to one provider."""
+
+    tag: str = field(metadata={"doc": "the tag"})
+    provider: str = field(metadata={"doc": "who answers"})
+    rewrite_model: str = field(default="", metadata={"doc": "the model to send instead"})
+
+    def judge(self, question: Question) -> Verdict:
+        if self.tag not in question.tags:
+            return Verdict(f"the request is not tagged {self.tag}")
+        return Verdict(f"the request is tagged {self.tag}", _offer(question.among([self.provider]), question, self.rewrite_model))
+
+
+@dataclass(frozen=True)
+class Limit(Rule):
+    """Any model, providers within a limit, the best first; one whose number is unknown passes through to later rules."""
+
+    providers: tuple[str, ...] = field(default=(), metadata={"doc": "empty: all"})
+
+    def rank(self, question: Question, number: Callable[[Lane], float | None], limit: float, unit: str, *, most: bool) -> Verdict:
+        """Candidates whose number is at most (or at least) the limit."""
+        offered = _offer(question.among(self.providers), question, "")
+        for candidate in offered:
+            value = candidate.value = number(candidate.lane)
+            within = value is not None and (value <= limit if most else value >= limit)
+            if not within and candidate.skipped is None:
+                candidate.skipped = "not known" if value is None else f"{'over' if most else 'under'} {limit:g} {unit}"
+        offered.sort(key=lambda c: (c.value or 0.0) if most else -(c.value or 0.0))
+        return Verdict(f"{'at most' if most else 'at least'} {limit:g} {unit}", offered)
+
+
+@dataclass(frozen=True)
+class Price(Limit):
+    """Any model, providers that cost at most so much, the cheapest first."""
+
+    max_cost_per_1m_tokens: float = field(kw_only=True, metadata={"doc": "USD"})
+
+    def judge(self, question: Question) -> Verdict:
+        limit = self.max_cost_per_1m_tokens
+        return self.rank(question, lambda lane: lane.provider.cost_per_1m_tokens, limit, "USD per 1M tokens", most=True)
+
+
+@dataclass(frozen=True)
+class Latency(Limit):
+    """Any model, providers that begin to answer within so many milliseconds, the fastest first."""
+
+    max_latency_ms: float = field(kw_only=True, metadata={"doc": "milliseconds to the first token"})
+
+    def judge(self, question: Question) -> Verdict:
+        return self.rank(
+            question, lambda lane: lane.number("ttft_ms", lane.provider.latency_ms), self.max_latency_ms, "ms", most=True
+        )
+
+
+@dataclass(frozen=True)
+class Throughput(Limit):
+    """Any model, providers that give at least so many tokens per second, the fastest first."""
+
+    min_tokens_per_sec: float = field(kw_only=True, metadata={"doc": "tokens per second"})
+
+    def judge(self, question: Question) -> Verdict:
+        def number(lane: Lane) -> float | None:
+            return lane.number("tokens_per_s", lane.provider.throughput_tokens_per_sec)
+
+        return self.rank(question, number, self.min_tokens_per_sec, "tokens/s", most=False)
+
+
+@dataclass(frozen=True)
+class Discover(Rule):
+    """Models that the provider is known to serve go to it."""
+
+    provider: str = field(default="", metadata={"doc": "who answers; empty: whoever serves the model"})
+
+    def judge(self, question: Question) -> Verdict:
+        lanes = question.among([self.provider] if self.provider else [])
+        serving = [lane for lane in lanes if serves(lane, question.model)]
+        if not serving:
+            return Verdict("the model is not served there" if lanes else "the provider is left out")
+        return Verdict("the model is served there", _offer(serving, question, ""))
+
+
+def serves(lane: Lane, model: str) -> bool:
+    """Is the provider known to serve this model? Ollama's `llama3` is short for `llama3:latest`."""
+    return model in lane.models or (lane.provider.format == "ollama" and f"{model}:latest" in lane.models)
+
+
 def _offer(lanes: Sequence[Lane], question: Question, rewrite: str) -> list[Candidate]:
-    """Candidates for these providers; a resting one is named but never drawn."""
-    return [Candidate(lane, rewrite or question.model, skipped="resting" if lane.resting() else None) for lane in lanes]
+    """Candidates for these providers; one that rests, or cannot do what is asked, is named but never drawn."""
+    return [_candidate(lane, rewrite or question.model, question.request) for lane in lanes]
 
 
-RULES: dict[str, type[Rule]] = {"prefix": Prefix, "fallback": Fallback, "random": Random}
+def _candidate(lane: Lane, model: str, request: Request) -> Candidate:
+    lacking = lane.lacks(request, model)
+    return Candidate(lane, model, skipped="resting" if lane.resting() else f"no {lacking}" if lacking else None)
+
+
+RULES: dict[str, type[Rule]] = {
+    "prefix": Prefix, "tag": Tag, "price": Price, "latency": Latency, "throughput": Throughput, "discover": Discover,
+    "fallback": Fallback, "random": Random,
+}  # fmt: skip
 
 
 def rule_label(rule: Rule, index: int) -> str:
@@ -298,6 +428,9 @@ class Attempt:
     def __init__(self, run: Run, candidate: Candidate, number: int) -> None:
         self._run, self._lane = run, candidate.lane
         self._upstream = candidate.lane.upstream
+        native = run.request.format == "responses" and self._lane.provider.responses
+        self._language = providers.language("responses") if native else self._upstream.language
+        self.native = run.request.native("responses" if native else self._lane.provider.format)
         self._began = time.monotonic()
         self._reply: Reply | None = None
         self._settled = False
@@ -315,8 +448,12 @@ class Attempt:
 
     def blocks(self) -> Iterator[Blocks | None]:
         """The answer as it comes; None whenever `run.until` passed with nothing new. Raises UpstreamError."""
-        request, language = self._run.request, self._upstream.language
-        self.call = language.build(request, self.candidate.model, self._lane.provider)
+        request = self._run.request
+        if request.operation == "count_tokens" and "count_tokens" not in getattr(self._language, "OPERATIONS", ()):
+            self.native = False
+            yield [(b"", [Used(Usage(input_tokens=estimate(request.text())))])]
+            return
+        self.call = self._language.build(request, self.candidate.model, self._lane.provider)
         self.record["kind"] = self.call.kind
         reply = self._reply = self._upstream.send(self.call, self._run)
         while not reply.head(self._run.until):
@@ -329,21 +466,21 @@ class Attempt:
 
     def _refusal(self, reply: Reply) -> UpstreamError:
         body = providers.read_object(reply.read_all())
-        parse_error = getattr(self._upstream.language, "parse_error", None)
+        parse_error = getattr(self._language, "parse_error", None)
         detail = parse_error(body) if parse_error and body is not None else None
-        return providers.refusal(reply.status, reply.headers, detail, self._run.pipeline.retry.on_status)
+        return providers.refusal(reply.status, reply.headers, detail, self._run.plan.retry.on_status)
 
     def _whole(self, reply: Reply) -> Iterator[Blocks]:
         data = reply.read_all()
         try:
-            events = self._upstream.language.parse(data, self._run.request)
+            events = self._language.parse(data, self._run.request)
         except providers.SHAPE_ERRORS:
             raise providers.malformed("an answer of a shape that its format does not have") from None
         self.begun = True
         yield [(data, events)]
 
     def _stream(self, reply: Reply) -> Iterator[Blocks | None]:
-        parser = self._upstream.language.Parser()
+        parser = self._language.Parser()
         held: Blocks = []
         while not self._run.answer.done:
             piece = reply.read(self._run.until)
@@ -351,7 +488,7 @@ class Attempt:
                 yield None
                 continue
             held += parser.feed(piece) if piece else parser.end()
-            if not self.begun and any(events for _, events in held):
+            if not self.begun and any(not isinstance(e, Done) for _, events in held for e in events):
                 self._begin(held, reply)
             if self.begun and held:
                 yield held
@@ -397,6 +534,11 @@ class Attempt:
 
     def _elapsed(self) -> float:
         return _ms(time.monotonic() - self._began)
+
+
+def estimate(text: str) -> int:
+    """Tokens in a text by rule of thumb: four characters to the token."""
+    return -(-len(text) // 4)
 
 
 def _ms(seconds: float) -> float:
@@ -445,6 +587,7 @@ class Run:
 
     def __init__(self, pipeline: Pipeline, request: Request, arrival: Arrival) -> None:
         self.pipeline, self.request, self.arrival = pipeline, request, arrival
+        self.plan = pipeline.plan
         self.accepted = arrival.accepted
         self.ts_ns = time.time_ns()
         self.ts_ms = self.ts_ns // 1_000_000
@@ -455,6 +598,12 @@ class Run:
         self.rule: str | None = None
         self.reason: str | None = None
         self.tags: list[str] = []
+        self._parts: list[Part] = []
+        self._forced_by: str | None = None
+        self._given: Answer | None = None
+        self._skipped_plugins: list[str] = []
+        self._considered: list[Candidate] = []
+        self._again: list[tuple[str, str, Candidate]] = []
         self.attempt: Attempt | None = None
         self.whole = b""
         self._attempts: list[Attempt] = []
@@ -484,8 +633,9 @@ class Run:
     def open(self) -> None:
         """Bring the answer under way. Raises the RequestError the client is to be told, or ClientGone."""
         try:
-            if self.in_flight > self.pipeline.max_in_flight:
+            if self.in_flight > self.plan.max_in_flight:
                 raise Overloaded("too many requests at once", code="overloaded", headers={"retry-after": "1"})
+            self._decide()
             if self.request.stream:
                 self._open_stream()
             else:
@@ -495,6 +645,14 @@ class Run:
             raise
         finally:
             self._opened = time.monotonic()
+
+    def _decide(self) -> None:
+        self._parts = self.plan.parts_for(self.request)
+        self.tags, self._forced_by, self._given = decide(self.plan, self.request, self._parts)
+        if self.plan.classifiers:
+            self._emit("classified", tags=self.tags)
+        if self.request.stream:
+            self._skipped_plugins = [p.id for p in self._parts if p.has("post_response")]
 
     def _open_stream(self) -> None:
         self.until = self.accepted + HOLD
@@ -507,71 +665,130 @@ class Run:
         data = b""
         for blocks in self._flow:
             data = blocks[0][0] if blocks else data
-        face = self.pipeline.face(self.request)
-        if self._same_language:
+        self._look_at_answer()
+        if self._native:
             self.whole = data
         else:
+            face = providers.language(self.request.format)
             self.whole = providers.dumps(face.render(self.answer, self.request, self._stamp())).encode()
         self._outcome = "ok"
 
+    def _look_at_answer(self) -> None:
+        """The parts that see a whole answer before the client does; what fails here is warned of, the answer stands."""
+        for part in self._parts:
+            given = self._call_after(part, "post_response")
+            if plugins.is_answer(given):
+                self.answer, self.answer.changed = given, True
+            elif given is plugins.STOP:
+                break
+        self._classify_answer()
+
+    def _classify_answer(self) -> None:
+        for part in self.plan.response_classifiers:
+            self.answer.tags += [t for t in self._call_after(part, "classify_response") or () if t not in self.answer.tags]
+
+    def _call_after(self, part: Part, hook: str) -> Any:
+        if not part.has(hook):
+            return None
+        try:
+            return part.call(hook, self.request, self.answer)
+        except Exception as e:  # noqa: BLE001 - a part may raise anything; the answer is there and stands
+            log.warning("%s failed in %s: %s", part.id, hook, type(e).__name__)
+            return None
+
     def _answer_blocks(self) -> Iterator[Blocks | None]:
         """The blocks of the first attempt that succeeds, each already in the fold."""
-        for candidate in self._candidates():
+        if self._given is not None:
+            yield self._fold(None, [(b"", self._given.events())])
+            return
+        for label, reason, candidate in self._candidates():
+            self.rule, self.reason = label, reason
             attempt = self.attempt = Attempt(self, candidate, len(self._attempts) + 1)
             self._attempts.append(attempt)
             self._emit("routed", provider=candidate.lane.name, model=candidate.model)
             try:
                 for blocks in attempt.blocks():
-                    self._fold(attempt, blocks or ())
-                    yield blocks
+                    yield self._fold(attempt, blocks)
             except UpstreamError as e:
                 attempt.settle(e, healthy=False if e.retryable or e.status >= 500 else None)
                 if self._committed or attempt.begun or not e.retryable:
                     raise
                 self._last_error = e
+                if e.refused:
+                    self._again.append((label, reason, candidate))
             else:
                 attempt.settle(None, healthy=True)
                 return
         raise self._nobody()
 
-    def _fold(self, attempt: Attempt, blocks: Sequence[tuple[bytes, list[Event]]]) -> None:
-        for _, events in blocks:
+    def _fold(self, attempt: Attempt | None, blocks: Blocks | None) -> Blocks | None:
+        for _, events in blocks or ():
             for event in events:
                 self.answer.add(event)
-                if attempt.first_token is None and isinstance(event, (Text, Reasoning, ToolCall)) and self.request.stream:
+                if attempt and attempt.first_token is None and isinstance(event, _TOKENS) and self.request.stream:
                     attempt.token()
+        return blocks
 
-    def _candidates(self) -> Iterator[Candidate]:
-        """Whom to ask, one after the other: rule by rule, each provider once, within retry.attempts."""
-        left = self.pipeline.retry.attempts
-        for label, verdict in self.pipeline.walk(self.request.model, self.tags):
-            for candidate in verdict.live:
-                if left and candidate.lane.name not in self._tried and candidate.lane.asked():
-                    left -= 1
-                    self._tried.add(candidate.lane.name)
-                    self.rule, self.reason = label, verdict.reason
-                    yield candidate
+    def _candidates(self) -> Iterator[tuple[str, str, Candidate]]:
+        """Whom to ask, one after the other, within retry.attempts: each provider once, in the order of the chain; when no
+        other is left, those again that surely did no work for this request, after a pause."""
+        for label, reason, candidate in self.plan.chain(self.request, self.tags, self._forced_by):
+            self._considered.append(candidate)
+            if candidate.skipped is None and candidate.lane.name not in self._tried and self._may_ask(candidate):
+                self._tried.add(candidate.lane.name)
+                yield label, reason, candidate
+        waited = 0.0
+        while self._again and (pause := self._pause(waited)) is not None:
+            waited += pause
+            self._sleep(pause)
+            label, reason, candidate = self._again.pop(0)
+            if not self._may_ask(candidate):
+                return
+            yield label, reason, candidate
+
+    def _may_ask(self, candidate: Candidate) -> bool:
+        if self._attempts and (len(self._attempts) >= self.plan.retry.attempts or not self.pipeline.budget.take()):
+            return False
+        if candidate.lane.asked():
+            return True
+        candidate.skipped = "resting"
+        return False
+
+    def _pause(self, waited: float) -> float | None:
+        """Seconds before a provider is asked again: doubling from a quarter, with jitter, and at least its Retry-After;
+        None if that is more than may be waited in all."""
+        doubled = 0.25 * 2 ** (len(self._attempts) - 1) * random.uniform(0.8, 1.2)
+        told = self._last_error.headers.get("retry-after", "0") if self._last_error else "0"
+        pause = max(doubled, float(told) if told.isdecimal() else HOLD)
+        return pause if waited + pause <= HOLD and len(self._attempts) < self.plan.retry.attempts else None
+
+    def _sleep(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            self.check()
+            time.sleep(min(left, providers.SLICE))
 
     def _nobody(self) -> RequestError:
         if self._last_error is not None:
             return self._last_error
-        resting = [lane.resting() for lane in self.pipeline.lanes.values()]
-        named = any(v.candidates for _, v in self.pipeline.walk(self.request.model, self.tags))
-        if named and any(resting):
-            soonest = max(1, round(min(s for s in resting if s)))
+        rests = [c.lane.resting() for c in self._considered if c.skipped == "resting"]
+        if rests:
+            again = {"retry-after": str(max(1, math.ceil(min(rests))))}
             text = "every provider for this model is resting after failures"
-            return NoProvider(text, status=503, kind="overloaded", code="all_resting", headers={"retry-after": str(soonest)})
+            return NoProvider(text, status=503, kind="overloaded", code="all_resting", headers=again)
+        cannot = sorted({c.skipped for c in self._considered if c.skipped})
         text = f"no rule routes the model {self.request.model[:200]!r} to a provider"
-        return NoProvider(text, code="model_not_found", param="model")
+        return NoProvider(text + (f" ({', '.join(cannot)})" if cannot else ""), code="model_not_found", param="model")
 
     # giving it to the client
     @property
-    def _same_language(self) -> bool:
-        return self.attempt is not None and self.attempt.candidate.lane.provider.format == self.request.format
+    def _native(self) -> bool:
+        """Does the provider's answer go on as it came?"""
+        return self.attempt is not None and self.attempt.native and not self.answer.changed
 
     def _choose_renderer(self) -> None:
-        face = self.pipeline.face(self.request)
-        if self._same_language:
+        face = providers.language(self.request.format)
+        if self._native:
             self._render = lambda blocks: b"".join(raw for raw, events in blocks if not face.hides(events, self.request))
         else:
             renderer = face.Renderer(self.request, self._stamp())
@@ -591,8 +808,9 @@ class Run:
         known["X-Router-Request-Tags"] = ",".join(self.tags)
         if not self.request.stream and self._outcome == "ok":
             known["X-Router-Response-Tags"] = ",".join(self.answer.tags)
-            usage, _ = self._usage()
+            usage, source = self._usage()
             known |= {"X-Router-Input-Tokens": usage.input_tokens, "X-Router-Output-Tokens": usage.output_tokens}
+            known["X-Router-Usage-Source"] = None if source == "reported" else source
         return [(name, header_text(str(value))) for name, value in known.items() if value not in (None, "")]
 
     def __iter__(self) -> Run:
@@ -607,7 +825,7 @@ class Run:
         except RequestError as e:
             self._fail(e)
             self._ended = True
-            frame: bytes = self.pipeline.face(self.request).render_stream_error(e)
+            frame: bytes = providers.language(self.request.format).render_stream_error(e)
             return frame
         except ClientGone as e:
             self._fail(e)
@@ -641,7 +859,8 @@ class Run:
             return
         self._error = error
         if isinstance(error, ClientGone):
-            self._outcome, self._status = "cancelled", 499
+            self._outcome = "cancelled"
+            self._status = 200 if self._committed else 499
             return
         rejected = isinstance(error, (NoProvider, Overloaded))
         self._outcome = "rejected" if rejected else "timeout" if error.kind == "timeout" else "error"
@@ -662,18 +881,22 @@ class Run:
             self._fail(ClientGone(self.arrival.gone_code()))
         if self.attempt is not None:
             self.attempt.settle(self._error, healthy=None)
-        record = self._record()
-        self.pipeline.leave(self, record)
+        if self.request.stream and self._outcome == "ok":
+            self._classify_answer()
+        for part in self._parts:
+            self._call_after(part, "on_end")
+        self.pipeline.leave(self._record())
 
     def _usage(self) -> tuple[Usage, str]:
         """Token counts and where they are from: the upstream, or four characters to the token of what was said."""
         if self.answer.usage is not None:
-            return self.answer.usage, "reported"
+            counted_here = self.attempt is not None and self.attempt.call is None
+            return self.answer.usage, "estimated" if counted_here else "reported"
         if self.answer.empty and self._outcome != "ok":
             return Usage(), "none"
         said = sum(len(t) for texts in self.answer.choices.values() for t in texts) + len(self.answer.reasoning)
         said += sum(len(c.arguments) for c in self.answer.tool_calls.values())
-        return Usage(input_tokens=-(-len(self.request.text()) // 4), output_tokens=-(-said // 4)), "estimated"
+        return Usage(input_tokens=estimate(self.request.text()), output_tokens=-(-said // 4)), "estimated"
 
     def _record(self) -> dict[str, Any]:
         now = time.monotonic()
@@ -699,7 +922,7 @@ class Run:
             "client_address": self.arrival.client_address, "api_key_name": self.arrival.api_key_name,
             "provider_format": last.get("format"), "vendor": last.get("vendor"),
             "server_address": last.get("server_address"), "server_port": last.get("server_port"),
-            "plugins": [], "skipped_plugins": [],
+            "plugins": [p.id for p in self._parts], "skipped_plugins": self._skipped_plugins,
             "dropped": self.attempt.call.dropped if self.attempt and self.attempt.call else [],
             "system": "\n\n".join(providers.block_text(b) for b in self.request.system) or None,
             "messages": [{"role": m.role, "content": m.content} for m in self.request.messages],
@@ -747,6 +970,7 @@ class Run:
 
 
 _TOLD_APART = frozenset(("messages", "system", "input", "instructions", "tools")) | providers.ROUTER_FIELDS
+_TOKENS = (Text, Reasoning, ToolCall)
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
@@ -767,52 +991,112 @@ def price(usage: Usage, provider: Provider, model: str) -> dict[str, Any]:
     return {**parts, "total": total, "input_unit_price": into, "output_unit_price": out, "source": source}
 
 
-class Pipeline:
-    """Everything requests share: the providers in service, the rules, the sinks, and the counts."""
+def decide(plan: Plan, request: Request, parts: Sequence[Part]) -> tuple[list[str], str | None, Answer | None]:
+    """What happens before the rules: (tags, the plugin that forces candidates, an answer that a plugin gave).
 
-    def __init__(self, lanes: Mapping[str, Lane], rules: Sequence[Rule], retry: Retry, max_in_flight: int) -> None:
-        self.lanes, self.rules, self.retry, self.max_in_flight = dict(lanes), list(rules), retry, max_in_flight
-        self.sinks: list[Sink] = []
-        self.aborting = False
-        self.in_flight = 0
-        self.counts = dict.fromkeys(("accepted", "ok", "error", "cancelled", "timeout", "rejected"), 0)
-        self._lock = threading.Lock()
+    A plugin may change the request; then the client's own bytes are not sent on. Raises RequestError: what a plugin raises
+    as one, or a 500 that names the part that failed.
+    """
+    tags: list[str] = []
+    watched = any(p.foreign for p in parts)
+    before = _fingerprint(request) if watched else None
+    given, forced_by = _ask_plugins(parts, "on_start", request)
+    for part in plan.classifiers if given is None else ():
+        tags += [t for t in _call(part, "classify", request) or () if t not in tags]
+    if given is None:
+        given, forced_by = _ask_plugins(parts, "pre_request", request)
+    request.changed = watched and _fingerprint(request) != before
+    return tags, forced_by, given
 
-    def start(self, request: Request, arrival: Arrival) -> Run:
-        """Accept a well-formed request."""
-        return Run(self, request, arrival)
 
-    def enter(self) -> tuple[int, int]:
-        """Count a request in: its number and how many are running now, itself included."""
-        with self._lock:
-            self.counts["accepted"] += 1
-            self.in_flight += 1
-            return self.counts["accepted"], self.in_flight
+def _ask_plugins(parts: Sequence[Part], hook: str, request: Request) -> tuple[Answer | None, str | None]:
+    forced_by: str | None = None
+    for part in parts:
+        if not part.has(hook):
+            continue
+        given = _call(part, hook, request)
+        if given is plugins.STOP:
+            raise plugins.Stopped(f"the plugin {part.id} stopped this request", code="stopped_by_plugin")
+        if plugins.is_answer(given):
+            return given, None
+        if request.forced and forced_by is None:
+            forced_by = part.id
+    return None, forced_by
 
-    def leave(self, run: Run, record: dict[str, Any]) -> None:
-        """Count a request out and give its record to every sink."""
-        with self._lock:
-            self.in_flight -= 1
-            self.counts[record["outcome"]] += 1
-        self.emit(record)
 
-    def emit(self, event: dict[str, Any]) -> None:
-        """Hand an event to every sink. A sink that fails is told of in the program's log; requests never notice."""
-        for sink in self.sinks:
-            try:
-                sink(event)
-            except Exception:
-                log.exception("a reader of records failed")
+def _call(part: Part, hook: str, request: Request) -> Any:
+    try:
+        return part.call(hook, request)
+    except RequestError:
+        raise
+    except Exception as e:  # noqa: BLE001 - a part may raise anything; its text may hold what a client said
+        log.error("%s failed in %s: %s", part.id, hook, type(e).__name__)
+        raise plugins.PluginError(f"the plugin {part.id} failed", code="plugin_error") from None
 
-    def face(self, request: Request) -> Any:
-        """The client face that a request came through."""
-        return providers.language(request.format)
 
-    def walk(self, model: str, tags: Sequence[str]) -> Iterator[tuple[str, Verdict]]:
+def _fingerprint(request: Request) -> Any:
+    """What a plugin may change of a request and a provider would have to hear of."""
+    names = ("system", "messages", "tools", "tool_choice", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "n",
+             "presence_penalty", "frequency_penalty", "response_format", "reasoning", "user", "metadata", "extra")  # fmt: skip
+    return copy.deepcopy([getattr(request, name) for name in names])
+
+
+def explain(plan: Plan, request: Request) -> dict[str, Any]:
+    """The dry run of /v1/route: tags, every rule's verdict, and whom the router would ask, in order. Nothing is sent."""
+    parts = plan.parts_for(request)
+    tags, forced_by, given = decide(plan, request, parts)
+    rules = [_explained(plan.rules[i], i, verdict) for i, (_, verdict) in enumerate(plan.walk(request.model, request, tags))]
+    chosen: dict[str, dict[str, str]] = {}
+    for label, _, c in plan.chain(request, tags, forced_by) if given is None else ():
+        if c.skipped is None:
+            chosen.setdefault(c.lane.name, {"provider": c.lane.name, "model": c.model, "rule": label})
+    return {"tags": tags, "rules": rules, "chosen": list(chosen.values())}
+
+
+def _explained(rule: Rule, index: int, verdict: Verdict) -> dict[str, Any]:
+    candidates = [{"provider": c.lane.name, "model": c.model, "value": c.value, "skipped": c.skipped} for c in verdict.candidates]
+    kind = next(kind for kind, cls in RULES.items() if type(rule) is cls)
+    return {"index": index, "type": kind, "name": rule.name, "matched": bool(verdict.live), "reason": verdict.reason,
+            "candidates": candidates}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything the configuration decides about requests, in one piece: a reload replaces it whole, and a request that
+    is under way ends by the plan it began with."""
+
+    lanes: Mapping[str, Lane]
+    rules: Sequence[Rule] = ()
+    retry: Retry = field(default_factory=Retry)
+    max_in_flight: int = 64
+    plugins: Sequence[Part] = ()
+    classifiers: Sequence[Part] = ()
+    response_classifiers: Sequence[Part] = ()
+    plugin_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def walk(self, model: str, request: Request, tags: Sequence[str]) -> Iterator[tuple[str, Verdict]]:
         """Each rule's verdict on a model, in the order of the file."""
-        question = Question(model, tags, self.lanes)
+        question = Question(model, request, tags, self.lanes)
         for index, rule in enumerate(self.rules):
             yield rule_label(rule, index), rule.judge(question)
+
+    def chain(self, request: Request, tags: Sequence[str], forced_by: str | None) -> Iterator[tuple[str, str, Candidate]]:
+        """(rule, reason, candidate) in the order in which they would be asked: whom a plugin forces, else whom the rules
+        name; then the same for each of the request's own fallback `models`."""
+        if forced_by is not None:
+            for name, model in request.forced:
+                if name in self.lanes:
+                    yield (
+                        f"forced:{forced_by}",
+                        f"named by {forced_by}",
+                        _candidate(self.lanes[name], model or request.model, request),
+                    )
+        else:
+            for label, verdict in self.walk(request.model, request, tags):
+                yield from ((label, verdict.reason, c) for c in verdict.candidates)
+        for i, model in enumerate(request.router.get("models", ())):
+            for _, verdict in self.walk(model, request, tags):
+                yield from ((f"models[{i}]", verdict.reason, c) for c in verdict.candidates)
 
     def models(self) -> dict[str, str]:
         """Every model any provider is known to serve -> the first provider that does."""
@@ -822,12 +1106,187 @@ class Pipeline:
                 served.setdefault(model, lane.name)
         return served
 
+    def parts_for(self, request: Request) -> list[Part]:
+        """The plugins of one request: those in service, with what its own `plugins` field adds, changes or turns off.
+        Raises BadRequest for an id that does not exist or settings it does not take."""
+        parts = {p.id: p for p in self.plugins}
+        for entry in request.router.get("plugins", ()):
+            id = entry["id"]
+            if entry.get("enabled") is False:
+                parts.pop(id, None)
+                continue
+            settings = {**self.plugin_settings.get(id, {}), **{k: v for k, v in entry.items() if k not in _NOT_BY_REQUEST}}
+            try:
+                parts[id] = plugins.make("plugin", id, settings)
+            except ValueError as e:
+                raise BadRequest(f"plugins: {id}: {e}"[:500], param="plugins", code="invalid_plugin") from None
+        return list(parts.values())
+
+
+_NOT_BY_REQUEST = frozenset(("id", "enabled", "module"))
+
+
+class Budget:
+    """How often attempts may follow failed ones: a fifth of the requests, and ten a second for quiet times; without it
+    a provider that is down would double the load on the others."""
+
+    MOST = 100.0
+
+    def __init__(self) -> None:
+        self._left, self._filled = self.MOST, time.monotonic()
+        self._lock = threading.Lock()
+
+    def request(self) -> None:
+        """A request has come."""
+        with self._lock:
+            self._left = min(self.MOST, self._left + 0.2)
+
+    def take(self) -> bool:
+        """May one more attempt follow a failed one?"""
+        with self._lock:
+            now = time.monotonic()
+            self._left = min(self.MOST, self._left + 10 * (now - self._filled))
+            self._filled = now
+            if self._left < 1:
+                return False
+            self._left -= 1
+            return True
+
+
+class Pipeline:
+    """Everything requests share: the plan, the sinks, and the counts."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.sinks: list[Sink] = []
+        self.aborting = False
+        self.in_flight = 0
+        self.budget = Budget()
+        self.counts = dict.fromkeys(("accepted", "ok", "error", "cancelled", "timeout", "rejected"), 0)
+        self.keys: dict[str, dict[str, float]] = {}
+        self._lock = threading.Lock()
+
+    def start(self, request: Request, arrival: Arrival) -> Run:
+        """Accept a well-formed request."""
+        return Run(self, request, arrival)
+
+    def enter(self) -> tuple[int, int]:
+        """Count a request in: its number and how many are running now, itself included."""
+        self.budget.request()
+        with self._lock:
+            self.counts["accepted"] += 1
+            self.in_flight += 1
+            return self.counts["accepted"], self.in_flight
+
+    def leave(self, record: dict[str, Any]) -> None:
+        """Count a request out and give its record to every sink."""
+        cost = record["cost"]["total"] if record["cost"] else 0.0
+        with self._lock:
+            self.in_flight -= 1
+            self.counts[record["outcome"]] += 1
+            if record["provider"] in self.plan.lanes:
+                self.plan.lanes[record["provider"]].cost_usd += cost
+            if record["api_key_name"] is not None:
+                key = self.keys.setdefault(record["api_key_name"], {"requests": 0, "cost_usd": 0.0})
+                key["requests"] += 1
+                key["cost_usd"] += cost
+        self.emit(record)
+
+    def emit(self, event: dict[str, Any]) -> None:
+        """Hand an event to every sink. A sink that fails is told of in the program's log; requests never notice."""
+        for sink in self.sinks:
+            try:
+                sink(event)
+            except Exception as e:  # noqa: BLE001 - a reader's bug must not become a client's error
+                log.error("a reader of records failed: %s", type(e).__name__)
+
     def stats(self) -> dict[str, Any]:
         """The pipeline's part of /api/v1/stats."""
         with self._lock:
-            counts = dict(self.counts)
-        return {
-            "in_flight": self.in_flight,
-            "requests": counts,
-            "providers": {n: lane.stats() for n, lane in self.lanes.items()},
-        }
+            counts, keys = dict(self.counts), {name: dict(key) for name, key in self.keys.items()}
+        told = {name: lane.stats() for name, lane in self.plan.lanes.items()}
+        return {"in_flight": self.in_flight, "requests": counts, "providers": told, **({"api_keys": keys} if keys else {})}
+
+
+# Discovery ------------------------------------------------------------------------------------------------------------
+class Patience:
+    """The watch of a call outside any request: it has so many seconds, and ends when the router does."""
+
+    def __init__(self, seconds: float, stop: threading.Event | None = None) -> None:
+        self._seconds, self._until, self._stop = seconds, time.monotonic() + seconds, stop
+
+    def check(self) -> None:
+        """Raise what ends the call."""
+        if self._stop is not None and self._stop.is_set():
+            raise ClientGone("shutdown")
+        if time.monotonic() > self._until:
+            raise UpstreamError(f"no answer within {self._seconds:g} s", status=504, kind="timeout", code="timeout")
+
+
+class Discovery:
+    """Asks the providers that can tell which models they serve, at start and every minute, on a thread of its own."""
+
+    EVERY = 60.0
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+        self._stop = threading.Event()
+        self.once = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="discovery", daemon=True)
+        self._thread.start()
+
+    def again(self) -> None:
+        """Ask now (the providers have changed)."""
+        threading.Thread(target=self._round, name="discovery-now", daemon=True).start()
+
+    def close(self) -> None:
+        """Stop asking."""
+        self._stop.set()
+        self._thread.join(2.0)
+
+    def _run(self) -> None:
+        while True:
+            self._round()
+            self.once.set()
+            if self._stop.wait(self.EVERY):
+                return
+
+    def _round(self) -> None:
+        for lane in self._pipeline.plan.lanes.values():
+            if lane.discoverable and not self._stop.is_set():
+                discover(lane, Patience(10.0, self._stop))
+
+
+def ask(lane: Lane, call: Call, watch: providers.Watch) -> dict[str, Any]:
+    """One small question to a provider, outside any request. Raises RequestError (why it failed) or ClientGone."""
+    reply = lane.upstream.send(call, watch)
+    try:
+        reply.head()
+        body = providers.read_object(reply.read_all())
+        if reply.status != 200:
+            raise providers.refusal(reply.status, reply.headers, None, ())
+        if body is None:
+            raise providers.malformed("an answer that is not JSON")
+        return body
+    finally:
+        reply.close()
+
+
+def discover(lane: Lane, watch: providers.Watch) -> str | None:
+    """Learn which models a provider serves and what they can do; the reason if it could not be learnt."""
+    language = lane.upstream.language
+    try:
+        models = language.parse_models(ask(lane, language.models_call(), watch))
+        if hasattr(language, "capabilities_call"):
+            for model in models:
+                if model not in lane.capabilities:
+                    told = ask(lane, language.capabilities_call(model), watch)
+                    lane.capabilities[model] = frozenset(language.parse_capabilities(told))
+    except (RequestError, ClientGone) as e:
+        return str(e)
+    except providers.SHAPE_ERRORS:
+        return "the provider's list of models has a shape that is not its format's"
+    if set(models) != set(lane.discovered):
+        log.info("%s serves %d models", lane.name, len(models))
+    lane.discovered = tuple(models)
+    return None

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import pipeline
+import plugins
 import providers
 import telemetry
 from providers import BadRequest, ClientGone, RequestError
@@ -116,6 +117,10 @@ class Logging:
     content: bool = field(default=True, metadata={"doc": "false: no messages, no response text"})
 
 
+PARTS = {"plugins": "plugin", "classifiers": "classifier", "response_classifiers": "response_classifier"}
+"""The sections of parts -> the function that makes one (see plugins/__init__.py)."""
+
+
 @dataclass(frozen=True)
 class Config:
     """The whole file."""
@@ -128,6 +133,9 @@ class Config:
     breaker: pipeline.Breaker = field(default_factory=pipeline.Breaker)
     providers: tuple[providers.Provider, ...] = ()
     routers: tuple[pipeline.Rule, ...] = ()
+    plugins: dict[str, dict[str, Any]] = field(default_factory=dict)
+    classifiers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    response_classifiers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         names = [p.name for p in self.providers]
@@ -138,6 +146,10 @@ class Config:
             for name in rule.names():
                 if name not in names:
                     raise ValueError(f"routers[{i}]: no provider is named {name!r}{_suggest(name, names)}")
+        for kind in PARTS:
+            for id, table in getattr(self, kind).items():
+                if not isinstance(table.get("enabled", False), bool):
+                    raise ValueError(f"{kind}.{id}.enabled: must be true or false")
 
 
 def load(path: str | Path, environ: Mapping[str, str] = os.environ) -> Config:
@@ -185,8 +197,7 @@ class Reader:
         try:
             return cls(**values)
         except ValueError as e:
-            field_named = re.match(r"[\w.\[\]-]+: ", str(e))
-            raise ConfigError(f"{place}{'.' if field_named else ': '}{e}") from None
+            raise ConfigError(f"{place}{_joint(e)}{e}") from None
 
     def _rule(self, table: dict[str, Any], place: str) -> tuple[type, dict[str, Any]]:
         kind = table.get("type")
@@ -222,6 +233,11 @@ class Reader:
             return found
 
         return re.sub(r"\$\{(\w+)\}", read, value)
+
+
+def _joint(error: ValueError) -> str:
+    """What joins a place and an error's text: some texts go on with the place ("base_url: required")."""
+    return "." if re.match(r"[\w.\[\]-]+: ", str(error)) else ": "
 
 
 _TYPE_NAMES = {
@@ -389,6 +405,12 @@ REASONS = {
 }  # fmt: skip
 FACES = {"/v1/chat/completions": "openai", "/v1/messages": "anthropic", "/v1/responses": "responses"}
 """The path of each language's own endpoint: whoever calls it, or below it, is answered in that language."""
+ASKED = {
+    "/v1/chat/completions": ("openai", "parse_request"), "/v1/embeddings": ("openai", "parse_embeddings"),
+    "/v1/route": ("openai", "parse_request"), "/v1/messages": ("anthropic", "parse_request"),
+    "/v1/messages/count_tokens": ("anthropic", "parse_count_tokens"), "/v1/responses": ("responses", "parse_request"),
+}  # fmt: skip
+"""The paths of LLM requests -> the language, and its function that hears them."""
 
 
 def face_of(path: str) -> Any:
@@ -403,12 +425,9 @@ class App:
     def __init__(self, config: Config, environ: Mapping[str, str] = os.environ, source: str = "config.toml") -> None:
         """Raises ConfigError if a key that the configuration names is missing or unusable."""
         self.config = config
-        try:
-            self.keys = _read_keys(config, environ)
-            lanes = _lanes(config, environ)
-        except ValueError as e:
-            raise ConfigError(f"{source}.{e}") from None
-        self.pipeline = pipeline.Pipeline(lanes, config.routers, config.retry, config.server.in_flight_limit)
+        self.keys, plan = prepare(config, environ, source)
+        self.pipeline = pipeline.Pipeline(plan)
+        self._discovery: pipeline.Discovery | None = None
         self.refused: Counter[str] = Counter()
         self._started = time.monotonic()
         self.log = RequestLog(config.logging) if config.logging.enabled else None
@@ -420,13 +439,42 @@ class App:
             "/v1/models": {"GET": self._models},
             "/api/v1/stats": {"GET": self._stats},
         }
-        self._llm = {p: providers.language(f) for p, f in FACES.items() if f in providers.formats("parse_request")}
+        self._llm: dict[str, Callable[..., providers.Request]] = {
+            path: getattr(providers.language(face), parse)
+            for path, (face, parse) in ASKED.items()
+            if face in providers.formats("parse_request") and hasattr(providers.language(face), parse)
+        }
+
+    def begin(self) -> None:
+        """Start what runs beside the requests: the search for models, where a provider can tell them."""
+        if self._discovery is None and any(lane.discoverable for lane in self.pipeline.plan.lanes.values()):
+            self._discovery = pipeline.Discovery(self.pipeline)
+
+    def reload(self, config: Config, environ: Mapping[str, str], source: str) -> None:
+        """Go by another configuration from the next request on. Raises ConfigError, and then all stays as it was.
+
+        Providers that did not change keep their connections, their breaker and what was measured of them. What cannot
+        change while the process runs (where it listens, its threads, the log, telemetry) is named in a warning.
+        """
+        keys, plan = prepare(config, environ, source, self.pipeline.plan)
+        for section in ("server", "logging", "telemetry"):
+            if getattr(config, section) != getattr(self.config, section):
+                log.warning("%s: [%s] has changed, which counts only after a restart", source, section)
+        gone = [lane for name, lane in self.pipeline.plan.lanes.items() if plan.lanes.get(name) is not lane]
+        self.config, self.keys, self.pipeline.plan = config, keys, plan
+        for lane in gone:
+            lane.upstream.close()
+        self.begin()
+        if self._discovery is not None:
+            self._discovery.again()
 
     def close(self) -> None:
         """Write out what is queued and close the idle connections."""
+        if self._discovery is not None:
+            self._discovery.close()
         if self.log:
             self.log.close()
-        for lane in self.pipeline.lanes.values():
+        for lane in self.pipeline.plan.lanes.values():
             lane.upstream.close()
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -488,25 +536,26 @@ class App:
         """The name of the key a request came with (None where none is needed). Raises 401 alike for every wrong one."""
         if not self.keys:
             return None
-        told = _credential(environ)
-        name = None
-        for key, key_name in self.keys.items():
+        told, matched = _credential(environ), None
+        for key in self.keys:
             if hmac.compare_digest(told, key):  # on bytes: a str with non-ASCII characters would raise
-                name = key_name
-        if name is None:
+                matched = key
+        if matched is None:
             raise Refused("a valid API key is needed", status=401, kind="authentication", code="invalid_api_key",
                           headers={"www-authenticate": "Bearer"}, reason="unauthorized")  # fmt: skip
-        return name
+        return self.keys[matched]
 
     # LLM requests
     def _run(self, environ: dict[str, Any], path: str, key_name: str | None) -> Response | pipeline.Run:
         headers = {h: v for h, e in _PASSED_HEADERS.items() if (v := _header(environ, e)) is not None}
         try:
-            request = self._llm[path].parse_request(providers.Body(self._body(environ)), headers)
+            request = self._llm[path](providers.Body(self._body(environ)), headers)
         except BadRequest:
             self.refused["bad_request"] += 1
             raise
         request.headers = headers
+        if path == "/v1/route":
+            return _json(pipeline.explain(self.pipeline.plan, request))
         run = self.pipeline.start(request, _arrival(environ, path, key_name))
         try:
             run.open()
@@ -544,12 +593,12 @@ class App:
         return Response(200, b"ok", "text/plain; charset=utf-8")
 
     def _models(self, environ: dict[str, Any], path: str) -> Response:
-        listed = [_model_object(m, owner) for m, owner in self.pipeline.models().items()]
+        listed = [_model_object(m, owner) for m, owner in self.pipeline.plan.models().items()]
         return _json({"object": "list", "data": listed})
 
     def _model(self, environ: dict[str, Any], path: str) -> Response:
         model = path.removeprefix("/v1/models/").encode("latin-1").decode("utf-8", "replace")
-        owner = self.pipeline.models().get(model)
+        owner = self.pipeline.plan.models().get(model)
         if owner is None:
             raise Refused(f"no provider is known to serve the model {model[:200]!r}", status=404, kind="not_found",
                           code="model_not_found", param="model", reason="not_found")  # fmt: skip
@@ -580,7 +629,9 @@ class App:
 
 def create_app(path: str | Path = "config.toml") -> App:
     """The router as a plain WSGI callable for any WSGI server. Raises ConfigError."""
-    return App(load(path), source=Path(path).name)
+    app = App(load(path), source=Path(path).name)
+    app.begin()
+    return app
 
 
 def _send(answer: Response | pipeline.Run, environ: Mapping[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -699,27 +750,64 @@ def _is_loopback(host: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
-def _lanes(config: Config, environ: Mapping[str, str]) -> dict[str, pipeline.Lane]:
+def prepare(
+    config: Config, environ: Mapping[str, str], source: str, old: pipeline.Plan | None = None
+) -> tuple[dict[bytes, str | None], pipeline.Plan]:
+    """The keys that open the door, and the plan by which requests go. Raises ConfigError."""
+    try:
+        return _read_keys(config, environ), _plan(config, environ, old)
+    except ValueError as e:
+        raise ConfigError(f"{source}.{e}") from None
+
+
+def _plan(config: Config, environ: Mapping[str, str], old: pipeline.Plan | None) -> pipeline.Plan:
+    lanes = _lanes(config, environ, old)
+    parts = {kind: _parts(config, kind) for kind in PARTS}
+    for part in parts["plugins"]:
+        for name in getattr(part.hooks, "providers", ()):
+            if name not in [p.name for p in config.providers]:
+                raise ValueError(f"plugins.{part.id}: no provider is named {name!r}")
+    limit = config.server.in_flight_limit
+    return pipeline.Plan(lanes, config.routers, config.retry, limit, plugin_settings=config.plugins, **parts)
+
+
+def _parts(config: Config, kind: str) -> list[plugins.Part]:
+    """The enabled parts of a section."""
+    made = []
+    for id, settings in getattr(config, kind).items():
+        if settings.get("enabled", False):
+            try:
+                made.append(plugins.make(PARTS[kind], id, settings))
+            except ValueError as e:
+                raise ValueError(f"{kind}.{id}{_joint(e)}{e}") from None
+    return made
+
+
+def _lanes(config: Config, environ: Mapping[str, str], old: pipeline.Plan | None) -> dict[str, pipeline.Lane]:
     """The providers that can be in service: one whose key is named but unset is left out with a warning."""
-    lanes = {}
+    lanes: dict[str, pipeline.Lane] = {}
+    missing = []
     for i, provider in enumerate(config.providers):
         key = None
         if provider.api_key_env:
             key = _key(f"providers[{i}].api_key_env", provider.api_key_env, environ)
             if key is None:
                 log.warning(
-                    "provider %s is left out: the environment variable %s is not set",
-                    provider.name,
-                    provider.api_key_env,
+                    "provider %s is left out: the environment variable %s is not set", provider.name, provider.api_key_env
                 )
                 continue
         for name, value in provider.headers.items():
             if re.search("auth|key|token|secret|cookie", name.lower()):
                 telemetry.keep_secret(value)
-        upstream = providers.Upstream(provider, key, config.server.threads)
-        lanes[provider.name] = pipeline.Lane(upstream, config.breaker)
+        before = old.lanes.get(provider.name) if old else None
+        if before is not None and before.unchanged(provider, key, config.breaker):
+            lanes[provider.name] = before
+        else:
+            lanes[provider.name] = pipeline.Lane(providers.Upstream(provider, key, config.server.threads), config.breaker)
     if not lanes:
-        raise ValueError("providers: no provider is left to answer requests")
+        raise ValueError(f"providers: no provider is left to answer requests{''.join(f'; {m}' for m in missing)}")
+    for line in missing:
+        log.warning(line)
     return lanes
 
 
@@ -735,12 +823,13 @@ class Service:
     RECEIVE_SECONDS = 20.0
     """A request's headers must be complete after this time; its body may take longer at 16 KiB/s or more."""
 
-    def __init__(self, app: App, listener: socket.socket) -> None:
+    def __init__(self, app: App, listener: socket.socket, source: Path) -> None:
         from waitress.server import create_server
 
         self.app, self.settings = app, app.config.server
         self._deadline: float | None = None
-        self._forced = False
+        self._forced = self._reload_wanted = False
+        self._source = source
         _raise_file_limit()
         trusted = {"trusted_proxy": "localhost" if self.settings.unix_socket else self.settings.trusted_proxy,
                    "trusted_proxy_headers": {"x-forwarded-for", "x-forwarded-proto", "x-forwarded-host"}}  # fmt: skip
@@ -758,6 +847,8 @@ class Service:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
+        signal.signal(signal.SIGHUP, self._hang_up)
+        self.app.begin()
         swept = time.monotonic()
         while not self._finished():
             wasyncore.loop(timeout=1.0 if self._deadline is None else 0.05, map=self._server._map, use_poll=True, count=1)
@@ -775,7 +866,22 @@ class Service:
         self._deadline = now if self._forced else now + self.settings.drain_seconds
         self._server.pull_trigger()
 
+    def _hang_up(self, number: int, frame: Any) -> None:
+        self._reload_wanted = True
+        self._server.pull_trigger()
+
+    def _reload(self) -> None:
+        self._reload_wanted = False
+        try:
+            self.app.reload(load(self._source), os.environ, self._source.name)
+        except ConfigError as e:
+            log.error("the configuration stays as it was: %s", e)
+        else:
+            log.info("%s was read again", self._source)
+
     def _finished(self) -> bool:
+        if self._reload_wanted:
+            self._reload()
         if self._deadline is None:
             return False
         if self._server.accepting:
@@ -995,7 +1101,7 @@ def serve(args: Any) -> int:
     except ConfigError:
         listener.close()
         raise
-    service = Service(app, listener)
+    service = Service(app, listener, Path(args.config))
     where = config.server.unix_socket or "http://{}:{}".format(*listener.getsockname()[:2])
     log.info("opensourcellmrouter %s listens on %s%s", __version__, where, config.server.url_prefix)
     if not config.routers:
@@ -1013,7 +1119,7 @@ def check(args: Any) -> int:
     config = load(args.config)
     app = App(dataclasses.replace(config, logging=Logging()), source=Path(args.config).name)
     app.close()
-    print(f"{args.config}: ok, {len(app.pipeline.lanes)} of {len(config.providers)} providers, {len(config.routers)} rules")
+    print(f"{args.config}: ok, {len(app.pipeline.plan.lanes)} of {len(config.providers)} providers, {len(config.routers)} rules")
     return 0
 
 

@@ -139,7 +139,8 @@ class Request:
     `tool_choice` is "auto", "none", "required" or a tool's name prefixed by "tool:". `response_format` is None,
     {"type": "json_object"} or {"type": "json_schema", "name", "schema", "strict"}. `reasoning` is the number of tokens the
     model may think (0: not at all). `operation` is "chat", "embeddings" (then `inputs` is set) or "count_tokens". `router`
-    holds the router's own fields: plugins, trace, session_id, models.
+    holds the router's own fields: plugins, trace, session_id, models. `forced` are the (provider, model or None) that a
+    plugin wants asked instead of whom the rules name.
     """
 
     format: str
@@ -171,6 +172,12 @@ class Request:
     extra: dict[str, Any] = field(default_factory=dict)
     router: dict[str, Any] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)
+    forced: list[tuple[str, str | None]] = field(default_factory=list)
+    changed: bool = False
+
+    def native(self, format: str) -> bool:
+        """May the client's own bytes go on to a provider of this format? Not once a plugin has changed the request."""
+        return self.format == format and not self.changed
 
     def text(self) -> str:
         """All the text the client wrote, system prompt included, for classifiers and token estimates."""
@@ -349,10 +356,20 @@ class Answer:
         self.vectors: list[Any] = []
         self.malformed = 0
         self.truncated = False
+        self.changed = False
         self.done = False
         self.tags: list[str] = []
         self.choices: dict[int, list[str]] = {0: []}
         self._kept = 0
+
+    def events(self) -> list[Event]:
+        """The events whose fold this is."""
+        events: list[Event] = [Begin(self.id, self.model)]
+        events += [Reasoning(b.get("thinking", ""), b.get("signature"), b.get("data")) for b in self.thinking]
+        events += [Text("".join(pieces), choice) for choice, pieces in sorted(self.choices.items()) if pieces]
+        events += [call for _, call in sorted(self.tool_calls.items())]
+        events.append(self.finish or Finish("tool_calls" if self.tool_calls else "stop"))
+        return [*events, *([Used(self.usage)] if self.usage else []), Done()]
 
     def add(self, event: Event) -> None:
         """Take in the next event."""
@@ -1173,6 +1190,7 @@ class Upstream:
 
     def __init__(self, provider: Provider, key: str | None = None, threads: int = 64) -> None:
         self.provider = provider
+        self.key = key
         self.name = provider.name
         self.language = language(provider.format)
         self.vendor = provider.vendor_name

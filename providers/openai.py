@@ -386,9 +386,9 @@ _TYPES = {
 def render_error(error: RequestError) -> dict[str, Any]:
     """The error object; what an upstream itself said of a bad request is passed on in its words, without our `src`."""
     detail = getattr(error, "detail", None)
-    if detail:
-        return {"error": {"message": error.message, "type": "invalid_request_error", "param": None, "code": None, **detail}}
     kind = _TYPES.get(error.kind, "invalid_request_error")
+    if detail:
+        return {"error": {"message": error.message, "type": kind, "param": None, "code": None, **detail}}
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code, "src": error.src}}
 
 

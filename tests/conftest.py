@@ -59,9 +59,7 @@ class App:
         self.application = application
         self._checked = validator(application)
 
-    def call(
-        self, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None, **environ: Any
-    ) -> Answer:
+    def call(self, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None, **environ: Any) -> Answer:
         path, _, query = path.partition("?")
         wsgi = {
             "REQUEST_METHOD": method,

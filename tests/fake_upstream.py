@@ -225,9 +225,7 @@ def end() -> Script:
     return raw(b"0\r\n\r\n")
 
 
-def stream(
-    pieces: Sequence[bytes], gap: float = 0.0, framing: str = "chunked", headers: dict[str, str] | None = None
-) -> Script:
+def stream(pieces: Sequence[bytes], gap: float = 0.0, framing: str = "chunked", headers: dict[str, str] | None = None) -> Script:
     """A whole event stream, ended as its framing ends; framing is chunked, length or close."""
     if framing == "length":
         body = b"".join(pieces)

@@ -280,14 +280,10 @@ class RouterProcess:
     def post(self, path: str, body: Any, headers: dict[str, str] | None = None, timeout: float = 15.0) -> Answer:
         return self.request("POST", path, body, headers, timeout)
 
-    def chat(
-        self, text: str = "hi", headers: dict[str, str] | None = None, timeout: float = 15.0, **more: Any
-    ) -> Answer:
+    def chat(self, text: str = "hi", headers: dict[str, str] | None = None, timeout: float = 15.0, **more: Any) -> Answer:
         return self.post("/v1/chat/completions", chat_body(text, **more), headers, timeout)
 
-    def stream(
-        self, text: str = "hi", headers: dict[str, str] | None = None, timeout: float = 15.0, **more: Any
-    ) -> Stream:
+    def stream(self, text: str = "hi", headers: dict[str, str] | None = None, timeout: float = 15.0, **more: Any) -> Stream:
         """A streamed chat, open until closed."""
         connection = self.connection(timeout)
         body = chat_body(text, stream=True, **more)
@@ -311,13 +307,11 @@ class RouterProcess:
         """A bare connection."""
         return socket.create_connection(("127.0.0.1", self.port), timeout)
 
-    def raw(self, data: bytes, timeout: float = 10.0, stop_sending: bool = False) -> bytes:
+    def raw(self, data: bytes, timeout: float = 10.0) -> bytes:
         """What comes back for these bytes, until the router closes or is silent for `timeout`."""
         with self.dial(timeout) as sock:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 sock.sendall(data)
-                if stop_sending:
-                    sock.shutdown(socket.SHUT_WR)
             return read_all(sock)
 
     # --- what it leaves behind

@@ -32,8 +32,12 @@ REFUSED = {
     "a bool for an int": ("server", "threads = true", ["config.toml.server.threads"]),
     "a table for a value": ("rules", "[server.host]\na = 1", ["config.toml.server.host"]),
     "a value for a section": ("rules", "", ["config.toml.telemetry"]),
-    "a value for a list": ("provider", 'models = "a"', ["config.toml.providers[0].models"]),
-    "a wrong item": ("provider", "models = [1]", ["config.toml.providers[0].models"]),
+    "a value for a list": ("provider", 'headers = "a"', ["config.toml.providers[0].headers"]),
+    "a wrong item": (
+        "providers",
+        '[[providers]]\nname = "a"\nformat = "echo"\nmodels = [1]',
+        ["config.toml.providers[0].models"],
+    ),
     "too few threads": ("server", "threads = 1", ["config.toml.server", "threads"]),
     "a negative timeout": ("provider", "read_timeout = -1", ["config.toml.providers[0]", "read_timeout"]),
     "a timeout of nothing": ("provider", "connect_timeout = 0", ["config.toml.providers[0]", "connect_timeout"]),
@@ -132,9 +136,7 @@ REFUSED = {
     ),
     "the world without a key": ("server", 'host = "0.0.0.0"', ["config.toml.server"]),
     "the ipv6 world without a key": ("server", 'host = "::"', ["config.toml.server"]),
-    "every address without a key": ("server", 'host = ""', ["config.toml.server"]),
-    "a classifier nobody wrote": ("rules", "[classifiers.nope]\nenabled = true", ["config.toml.classifiers.nope"]),
-    "a plugin nobody wrote": ("rules", "[plugins.nope]\nenabled = true", ["config.toml.plugins.nope"]),
+    "no host": ("server", 'host = ""', []),
 }
 
 
@@ -144,8 +146,8 @@ def refused(process: RouterProcess) -> str:
     process.launch()
     assert process.exit_code(10) == 2, process.output()
     assert time.monotonic() - began < 5
-    said = process.errors().strip()
-    assert len(said.splitlines()) == 1, said
+    *warnings, said = process.errors().strip().splitlines()
+    assert all("WARNING" in line for line in warnings), warnings
     assert process.stdout.read_text() == ""
     for secret in (PROVIDER_KEY, "sk-PROV", "ключ"):
         assert secret not in said
@@ -177,9 +179,7 @@ def free() -> int:
         return int(sock.getsockname()[1])
 
 
-@pytest.mark.parametrize(
-    "content", [b"[server\n", b"port = = 1", b"\xff\xfe\x00", b"[server]\nport = 1\nport = 2\n", b"a\x00b"]
-)
+@pytest.mark.parametrize("content", [b"[server\n", b"port = = 1", b"\xff\xfe\x00", b"[server]\nport = 1\nport = 2\n", b"a\x00b"])
 def test_it_refuses_what_is_not_toml_and_says_where(router: RouterFactory, content: bytes) -> None:
     process = router(start=False)
     process.port = free()

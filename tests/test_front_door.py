@@ -81,9 +81,7 @@ def test_metadata_is_forwarded_only_to_an_upstream_that_wants_it(app: MakeApp, u
 
 
 def test_a_whole_answer_says_who_answered_and_what_it_took(app: MakeApp, upstream: FakeUpstream) -> None:
-    upstream.script(
-        json_answer(chat_completion(usage={"prompt_tokens": 11, "completion_tokens": 4, "total_tokens": 15}))
-    )
+    upstream.script(json_answer(chat_completion(usage={"prompt_tokens": 11, "completion_tokens": 4, "total_tokens": 15})))
     headers = post(app()).headers
     assert headers["x-router-provider"] == "up"
     assert headers["x-router-model"] == "fake-model"
@@ -138,9 +136,7 @@ def test_usage_is_passed_on_to_a_client_that_asked(app: MakeApp, upstream: FakeU
 
 def test_usage_that_rides_with_text_is_never_cut_out(app: MakeApp, upstream: FakeUpstream) -> None:
     """Some servers repeat usage in every chunk or put it beside finish_reason: only a block of nothing else goes."""
-    with_text = (
-        b'data: {"choices":[{"index":0,"delta":{"content":"a"},"finish_reason":null}],"usage":{"prompt_tokens":1}}\n\n'
-    )
+    with_text = b'data: {"choices":[{"index":0,"delta":{"content":"a"},"finish_reason":null}],"usage":{"prompt_tokens":1}}\n\n'
     final = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}],"usage":{"prompt_tokens":1}}\n\n'
     upstream.script(stream([with_text, final, b"data: [DONE]\n\n"]))
     assert post(app(), body=chat_body(stream=True)).body == with_text + final + b"data: [DONE]\n\n"
@@ -168,9 +164,7 @@ def test_an_unknown_path_is_a_404_in_json(app: MakeApp) -> None:
         ("PUT", "/api/v1/stats", {"GET"}),
     ],
 )
-def test_a_wrong_method_is_a_405_that_names_the_right_one(
-    app: MakeApp, method: str, path: str, allowed: set[str]
-) -> None:
+def test_a_wrong_method_is_a_405_that_names_the_right_one(app: MakeApp, method: str, path: str, allowed: set[str]) -> None:
     answer = app().call(method, path)
     assert answer.status == 405
     assert allowed <= {name.strip() for name in answer.headers["allow"].split(",")}
@@ -198,9 +192,7 @@ def test_any_content_type_is_taken_if_the_body_is_json(app: MakeApp) -> None:
 
 
 def test_a_gzipped_body_is_taken(app: MakeApp, upstream: FakeUpstream) -> None:
-    answer = post(
-        app(), body=gzip.compress(json.dumps(chat_body("zipped")).encode()), headers={"Content-Encoding": "gzip"}
-    )
+    answer = post(app(), body=gzip.compress(json.dumps(chat_body("zipped")).encode()), headers={"Content-Encoding": "gzip"})
     assert answer.status == 200
     assert upstream.posts[0].json()["messages"][0]["content"] == "zipped"
     assert upstream.posts[0].header("content-encoding") is None
@@ -303,9 +295,7 @@ def test_headers_of_the_upstream_are_not_passed_on(app: MakeApp, upstream: FakeU
 def test_the_client_decides_neither_upstream_nor_key(app: MakeApp, upstream: FakeUpstream) -> None:
     elsewhere = FakeUpstream()
     try:
-        body = chat_body(
-            api_base=elsewhere.url, base_url=elsewhere.url, api_key="sk-client-key", provider={"url": elsewhere.url}
-        )
+        body = chat_body(api_base=elsewhere.url, base_url=elsewhere.url, api_key="sk-client-key", provider={"url": elsewhere.url})
         headers = {"X-Custom-Host": elsewhere.url, "X-Portkey-Custom-Host": elsewhere.url, "X-Api-Base": elsewhere.url}
         assert post(app(), body=body, headers={**headers, "Authorization": "Bearer sk-client-key"}).status == 200
         assert not elsewhere.requests
@@ -356,18 +346,14 @@ def test_an_upstreams_retry_after_reaches_the_client_only_if_it_is_one(app: Make
 # --- over a socket
 
 
-def test_a_body_of_exactly_the_limit_is_taken_and_one_more_is_not(
-    router: RouterFactory, upstream: FakeUpstream
-) -> None:
+def test_a_body_of_exactly_the_limit_is_taken_and_one_more_is_not(router: RouterFactory, upstream: FakeUpstream) -> None:
     process = router(server="max_body_bytes = 20000")
     small = json.dumps(chat_body("")).encode()
     for size, status in {19999: 200, 20000: 200, 20001: 413}.items():
         body = json.dumps(chat_body("x" * (size - len(small)))).encode()
         assert len(body) == size
         assert process.post(CHAT, body).status == status, size
-        chunked = b"".join(
-            b"%x\r\n%s\r\n" % (len(body[at : at + 777]), body[at : at + 777]) for at in range(0, size, 777)
-        )
+        chunked = b"".join(b"%x\r\n%s\r\n" % (len(body[at : at + 777]), body[at : at + 777]) for at in range(0, size, 777))
         head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
         assert statuses(process.raw(head + chunked + b"0\r\n\r\n")) == [status], f"{size} chunked"
     assert len(upstream.posts) == 4
@@ -470,9 +456,7 @@ def wait_up(process: RouterProcess) -> None:
 
 
 @pytest.mark.parametrize(("proxy", "believed"), [('trusted_proxy = "127.0.0.1"', True), ("", False)])
-def test_a_forwarded_address_is_believed_only_from_the_trusted_proxy(
-    router: RouterFactory, proxy: str, believed: bool
-) -> None:
+def test_a_forwarded_address_is_believed_only_from_the_trusted_proxy(router: RouterFactory, proxy: str, believed: bool) -> None:
     process = router(server=proxy)
     process.chat(headers={"X-Forwarded-For": "203.0.113.7"})
     assert process.record()["client_address"] == ("203.0.113.7" if believed else "127.0.0.1")
@@ -604,9 +588,7 @@ def test_two_authorization_headers_open_nothing(locked: RouterProcess) -> None:
 
 def test_named_keys_open_and_their_names_are_recorded(router: RouterFactory) -> None:
     keys = '[[api_keys]]\nname = "alice"\nkey_env = "ALICE"\n[[api_keys]]\nname = "bob"\nkey_env = "BOB"\n'
-    process = router(
-        rules=keys + '[[routers]]\ntype = "fallback"\n', environment={"ALICE": "key-alice-1", "BOB": "key-bob-22\n"}
-    )
+    process = router(rules=keys + '[[routers]]\ntype = "fallback"\n', environment={"ALICE": "key-alice-1", "BOB": "key-bob-22\n"})
     assert process.chat().status == 401
     for count, (name, key) in enumerate({"alice": "key-alice-1", "bob": "key-bob-22"}.items(), 1):
         assert process.chat(headers={"x-api-key": key}).status == 200

@@ -92,14 +92,22 @@ SMUGGLING = {
     "no host": b"GET /v1/models HTTP/1.1\r\n\r\n" + GET_MODELS,
 }
 # What may be answered as if it were well-formed, because no two readers differ about it.
-HARMLESS = {"a header without name", "two hosts", "no host", "only line feeds", "no version", "length in other digits"}
+HARMLESS = {
+    "a nul in the target",
+    "a header without name",
+    "two hosts",
+    "no host",
+    "only line feeds",
+    "no version",
+    "length in other digits",
+}
 
 
 @pytest.mark.parametrize("case", SMUGGLING)
 def test_doubtful_framing_gets_one_refusal_and_the_connection_is_closed(
     process: RouterProcess, upstream: FakeUpstream, case: str
 ) -> None:
-    data = process.raw(SMUGGLING[case], timeout=3, stop_sending=True)
+    data = process.raw(SMUGGLING[case], timeout=2)
     answers = statuses(data)
     if case in HARMLESS:
         assert all(status in (200, 400, 404) for status in answers), data
@@ -112,7 +120,7 @@ def test_doubtful_framing_gets_one_refusal_and_the_connection_is_closed(
 
 
 def test_a_refusal_by_the_parser_is_clean(process: RouterProcess) -> None:
-    data = process.raw(SMUGGLING["length with a plus"] + b"SECRET", timeout=3, stop_sending=True)
+    data = process.raw(SMUGGLING["length with a plus"] + b"SECRET", timeout=3)
     assert b"Traceback" not in data
     assert SECRET_PROMPT.encode() not in data
 
@@ -155,9 +163,7 @@ def test_an_odd_target_is_answered(process: RouterProcess, target: bytes, allowe
     "request_bytes",
     [
         b"GET /health HTTP/1.1\r\nHost: x\r\nX-A: " + b"a" * 400_000 + b"\r\n\r\n",
-        b"GET /health HTTP/1.1\r\nHost: x\r\n"
-        + b"".join(b"X-%d: abcdefghijklmnopqrst\r\n" % n for n in range(20_000))
-        + b"\r\n",
+        b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"".join(b"X-%d: abcdefghijklmnopqrst\r\n" % n for n in range(20_000)) + b"\r\n",
         b"GET /" + b"a" * 1_000_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
     ],
     ids=["one huge header", "20000 headers", "a huge target"],
@@ -292,16 +298,14 @@ HARD_TEXT = {
 
 
 @pytest.mark.parametrize("case", HARD_TEXT)
-def test_hard_text_is_answered_passed_on_and_logged_as_json(
-    process: RouterProcess, upstream: FakeUpstream, case: str
-) -> None:
+def test_hard_text_is_answered_passed_on_and_logged_as_json(process: RouterProcess, upstream: FakeUpstream, case: str) -> None:
     text = HARD_TEXT[case]
     body = f'{{"model":"fake-model","messages":[{{"role":"user","content":"{text}"}}],"user":"{text}",'
     body += f'"session_id":"{text}","trace":{{"{text}":"{text}"}},"metadata":{{"k":"{text}"}}}}'
     assert process.post(CHAT.decode(), body.encode()).status == 200
     sent = json.loads(body)
     del sent["trace"], sent["session_id"]
-    assert upstream.posts[1].json() == sent
+    assert ascii(upstream.posts[1].json()) == ascii(sent)
     process.settled(2)
     line = process.lines()[1]
     line.decode("utf-8")
@@ -309,8 +313,9 @@ def test_hard_text_is_answered_passed_on_and_logged_as_json(
     assert b"\r" not in line
     record = json.loads(line)
     seen = record["messages"][0]["content"][0]["text"]
-    assert seen == "".join(c if not "\ud800" <= c <= "\udfff" else "�" for c in sent["messages"][0]["content"])
-    assert not re.search("[\ud800-\udfff]", json.dumps(record, ensure_ascii=False))
+    expected = "".join("�" if "\ud800" <= c <= "\udfff" else c for c in sent["messages"][0]["content"])
+    assert ascii(seen) == ascii(expected)
+    assert "\\ud" not in json.dumps(record).replace("\\ud83d\\ude00", ""), "no half of a character"
 
 
 def test_big_and_nested_metadata_is_answered_and_logged(process: RouterProcess, upstream: FakeUpstream) -> None:
@@ -417,11 +422,9 @@ def test_floats_that_python_can_read_survive(process: RouterProcess, upstream: F
 
 
 def test_an_answer_may_hold_any_text(process: RouterProcess, upstream: FakeUpstream) -> None:
-    upstream.script(
-        json_answer({"id": "x", "choices": [{"message": {"content": "\ud800\u2028\x00"}, "finish_reason": "stop"}]})
-    )
+    upstream.script(json_answer({"id": "x", "choices": [{"message": {"content": "\ud800\u2028\x00"}, "finish_reason": "stop"}]}))
     answer = process.chat()
     assert answer.status == 200
-    assert answer.json()["choices"][0]["message"]["content"] == "\ud800\u2028\x00"
+    assert ascii(answer.json()["choices"][0]["message"]["content"]) == ascii("\ud800\u2028\x00")
     process.settled(2)
-    assert json.loads(process.lines()[1])["response"]["content"] == "�\u2028\x00"
+    assert ascii(json.loads(process.lines()[1])["response"]["content"]) == ascii("�\u2028\x00")

@@ -79,7 +79,15 @@ def test_a_real_model_streams(client: openai.OpenAI, process: RouterProcess, ask
 @pytest.mark.xdist_group("llama")
 def test_a_real_stream_is_what_the_model_sends(process: RouterProcess, llama: LlamaServer) -> None:
     """Greedy and seeded, through the router and past it: the same words in the same pieces."""
-    body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 40, "stream": True, "temperature": 0, "seed": 1, "cache_prompt": False}
+    body = {
+        "model": "tiny",
+        "messages": MESSAGES,
+        "max_tokens": 40,
+        "stream": True,
+        "temperature": 0,
+        "seed": 1,
+        "cache_prompt": False,
+    }
     texts = []
     for url in (process.url, llama.url):
         with openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as client:
@@ -92,9 +100,7 @@ def test_a_real_stream_is_what_the_model_sends(process: RouterProcess, llama: Ll
 
 
 @pytest.mark.xdist_group("llama")
-def test_a_client_that_leaves_cancels_the_real_model(
-    client: openai.OpenAI, process: RouterProcess, llama: LlamaServer
-) -> None:
+def test_a_client_that_leaves_cancels_the_real_model(client: openai.OpenAI, process: RouterProcess, llama: LlamaServer) -> None:
     before = llama.log.count("cancel task")
     with client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=30000, stream=True) as events:
         next(iter(events))
@@ -114,9 +120,7 @@ def test_a_real_refusal_reaches_the_client(client: openai.OpenAI, process: Route
 
 
 @pytest.mark.xdist_group("llama")
-def test_a_real_server_that_dies_in_the_middle_is_an_error(
-    router: RouterFactory, tmp_path: Path
-) -> None:
+def test_a_real_server_that_dies_in_the_middle_is_an_error(router: RouterFactory, tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
     running = tiny_llama.running(tmp_path)
     server = next(running)

@@ -49,9 +49,7 @@ KEY = {"KEY": PROVIDER_KEY}
 @pytest.fixture
 def process(router: RouterFactory) -> Iterator[RouterProcess]:
     """A router with small limits, which must be as good as new after the test."""
-    made = router(
-        provider=KEYED + "connect_timeout = 1\nread_timeout = 1\nidle_timeout = 1\ntotal_timeout = 4", environment=KEY
-    )
+    made = router(provider=KEYED + "connect_timeout = 1\nread_timeout = 1\nidle_timeout = 1\ntotal_timeout = 4", environment=KEY)
     made.chat("warm up")
     before = made.resources()
     yield made
@@ -279,9 +277,7 @@ def test_a_block_that_is_not_json_passes_and_is_counted_and_the_good_ones_are_no
         {"model": 5, "id": ["x"], "choices": [{"delta": {"content": 5}}]},
     ],
 )
-def test_an_odd_chunk_passes_and_does_no_harm(
-    process: RouterProcess, upstream: FakeUpstream, chunk: dict[str, Any]
-) -> None:
+def test_an_odd_chunk_passes_and_does_no_harm(process: RouterProcess, upstream: FakeUpstream, chunk: dict[str, Any]) -> None:
     blocks = openai_chunks("one two")
     upstream.script(stream([*blocks[:2], event(chunk), *blocks[2:]]))
     status, body = streamed(process)
@@ -326,9 +322,7 @@ def test_a_stream_for_one_who_asked_for_none_is_no_answer(process: RouterProcess
     assert last(process)["outcome"] == "error"
 
 
-def test_a_whole_answer_for_one_who_asked_for_a_stream_is_no_fake_success(
-    process: RouterProcess, upstream: FakeUpstream
-) -> None:
+def test_a_whole_answer_for_one_who_asked_for_a_stream_is_no_fake_success(process: RouterProcess, upstream: FakeUpstream) -> None:
     upstream.script(json_answer(chat_completion("whole")))
     status, body = streamed(process)
     record = last(process)
@@ -364,8 +358,7 @@ GOOD_HTTP = {
     "chunked": raw(head(200, {**JSON, "Transfer-Encoding": "chunked"}) + framed(FINE[:9]) + framed(FINE[9:])) + end(),
     "chunked, in capitals": raw(head(200, {**JSON, "TRANSFER-ENCODING": "Chunked"}) + framed(FINE)) + end(),
     "chunk extensions and trailers": raw(
-        head(200, {**JSON, "Transfer-Encoding": "chunked"})
-        + b"%x;a=b\r\n%s\r\n0;c\r\nX-Trailer: 1\r\n\r\n" % (len(FINE), FINE)
+        head(200, {**JSON, "Transfer-Encoding": "chunked"}) + b"%x;a=b\r\n%s\r\n0;c\r\nX-Trailer: 1\r\n\r\n" % (len(FINE), FINE)
     ),
     "trickled": trickle(head(200, {**JSON, "Content-Length": str(len(FINE))}) + FINE, 0.0005),
     "gzip": answer(gzip.compress(FINE), 200, {"Content-Encoding": "gzip"}),
@@ -517,7 +510,9 @@ def test_one_line_of_200_mb_is_cut_or_flows_and_does_not_stay(process: RouterPro
         while not done.wait(0.05):
             peak = max(peak, process.memory())
 
-    upstream.script(stream_head() + chunks(openai_chunks("a", None, None, False)) + chunks([b"data: "] + [b"x" * (1 << 20)] * 200))
+    upstream.script(
+        stream_head() + chunks(openai_chunks("a", None, None, False)) + chunks([b"data: "] + [b"x" * (1 << 20)] * 200)
+    )
     watching = threading.Thread(target=watch)
     watching.start()
     try:
@@ -558,9 +553,7 @@ LEAKS = [
 
 @pytest.mark.parametrize("status", [400, 401, 404, 422, 429, 500, 503])
 @pytest.mark.parametrize("leak", LEAKS)
-def test_a_key_echoed_by_an_upstream_goes_nowhere(
-    process: RouterProcess, upstream: FakeUpstream, status: int, leak: str
-) -> None:
+def test_a_key_echoed_by_an_upstream_goes_nowhere(process: RouterProcess, upstream: FakeUpstream, status: int, leak: str) -> None:
     upstream.script(error_answer(status, leak, {"X-Debug": PROVIDER_KEY}, detail=leak, code=leak))
     answered = process.chat(SECRET_PROMPT)
     assert PROVIDER_KEY not in answered.body.decode()
@@ -625,9 +618,7 @@ def test_connections_are_used_again(process: RouterProcess, upstream: FakeUpstre
     assert upstream.connections == 1
 
 
-def test_a_connection_the_provider_closed_while_idle_harms_nobody(
-    process: RouterProcess, upstream: FakeUpstream
-) -> None:
+def test_a_connection_the_provider_closed_while_idle_harms_nobody(process: RouterProcess, upstream: FakeUpstream) -> None:
     upstream.script(*[answer(FINE) + fin()] * 5)
     for _ in range(5):
         assert process.chat().status == 200
@@ -635,9 +626,7 @@ def test_a_connection_the_provider_closed_while_idle_harms_nobody(
     assert len(upstream.posts) == 6, "and nobody is asked twice"
 
 
-def test_a_connection_that_dies_under_the_request_is_not_billed_twice(
-    process: RouterProcess, upstream: FakeUpstream
-) -> None:
+def test_a_connection_that_dies_under_the_request_is_not_billed_twice(process: RouterProcess, upstream: FakeUpstream) -> None:
     """The provider read the request and closed without a word: it may be working on it."""
     upstream.script(fin())
     answered = process.chat()
@@ -677,9 +666,7 @@ def test_an_early_refusal_is_heard_while_the_body_is_still_being_sent(router: Ro
 
 def test_a_provider_that_does_not_read_is_bounded(router: RouterFactory) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        process = router(
-            upstream=f"http://127.0.0.1:{listener.getsockname()[1]}", provider="read_timeout = 1\ntotal_timeout = 4"
-        )
+        process = router(upstream=f"http://127.0.0.1:{listener.getsockname()[1]}", provider="read_timeout = 1\ntotal_timeout = 4")
         began = time.monotonic()
         assert process.chat("x" * 20_000_000).status in (502, 504)
         assert time.monotonic() - began < 8
@@ -790,9 +777,7 @@ def test_the_path_of_the_base_url_is_kept(router: RouterFactory, upstream: FakeU
     assert upstream.posts[0].path == "/a/b%20c/v9/chat/completions"
 
 
-def test_each_request_reaches_the_provider_with_the_configured_key_only(
-    process: RouterProcess, upstream: FakeUpstream
-) -> None:
+def test_each_request_reaches_the_provider_with_the_configured_key_only(process: RouterProcess, upstream: FakeUpstream) -> None:
     def check(received: Received) -> Script:
         assert received.header("authorization") == f"Bearer {PROVIDER_KEY}"
         return completion_for(received)
@@ -800,6 +785,4 @@ def test_each_request_reaches_the_provider_with_the_configured_key_only(
     upstream.default = check
     process.chat(headers={"Authorization": "Bearer client", "X-Api-Key": "client"})
     sent = upstream.posts[1]
-    assert [value for name, value in sent.headers if name.lower() in ("authorization", "x-api-key")] == [
-        f"Bearer {PROVIDER_KEY}"
-    ]
+    assert [value for name, value in sent.headers if name.lower() in ("authorization", "x-api-key")] == [f"Bearer {PROVIDER_KEY}"]

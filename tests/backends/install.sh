@@ -5,6 +5,7 @@
 #
 # One line per backend says "ready" or "skipped because ..."; a backend that cannot be had is no failure, its tests
 # skip with a reason. What is there already, in the version asked for, is left alone. BACKENDS_DIR puts it elsewhere.
+# shellcheck disable=SC2329 # the functions that install are called by name, in a shell of their own
 set -uo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -17,7 +18,8 @@ mockotlp=@elastic/mockotlpserver@0.10.0
 mlflow=mlflow==3.17.2
 limit=900 # seconds for one backend; each takes a few minutes on two cores
 
-with_mlflow= with_browser=
+with_mlflow=''
+with_browser=''
 for option in "$@"; do
     case $option in
         --with-mlflow) with_mlflow=yes ;;
@@ -48,6 +50,7 @@ ensure() {
             return
         fi
     done
+    # shellcheck disable=SC2163 # the function that is named in the variable
     export -f "$command"
     mkdir "$scratch/$name" && cd "$scratch/$name" || return
     attempt "$name" timeout -k 10 "$limit" bash -eo pipefail -c "$command" && echo "$version" >"$target/$name.stamp"
@@ -68,11 +71,13 @@ attempt() {
 }
 
 reason() {
-    { grep -iE 'error|fail|forbidden|not found|denied|could not|cannot' "$1" || tail -n 1 "$1"; } | tail -n 1 | cut -c1-200
+    { grep -v downloading "$1" | grep -iE 'error|fail|forbidden|not found|denied|disabled|could not|cannot' ||
+        tail -n 1 "$1"; } | head -n 1 | cut -c1-200
 }
 
 go_flags() {
-    export GOFLAGS="$(go env GOFLAGS) -trimpath" GOWORK=off
+    GOFLAGS="$(go env GOFLAGS) -trimpath"
+    export GOFLAGS GOWORK=off
 }
 
 build_collector() {
@@ -88,7 +93,7 @@ build_collector() {
 # may build its main package. Jaeger's go.sum comes with it, because the checksum database no longer knows every module.
 build_jaeger() {
     go_flags
-    directory=$(go mod download -json "$jaeger@$jaeger_version" | sed -n 's/^\t"Dir": "\(.*\)",$/\1/p')
+    directory=$(go mod download -json "$jaeger@$jaeger_version" | tee /dev/stderr | sed -n 's/^\t"Dir": "\(.*\)",$/\1/p')
     go mod init localhost/jaeger
     cp "$directory/go.sum" go.sum
     chmod u+w go.sum

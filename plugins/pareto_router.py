@@ -1,0 +1,48 @@
+"""Lets a client choose between tiers of providers: `plugins: [{"id": "pareto-router", "tier": "fast"}]`.
+
+The tier's providers, in order, are the candidates instead of what the rules would say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from providers import BadRequest, Request
+
+
+class ParetoRouter:
+    """Settings: tiers = {tier: [provider or {provider, model}, ...]}, default_tier, and per request `tier`."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        tiers = settings.get("tiers")
+        if unknown := set(settings) - {"tiers", "default_tier", "tier"}:
+            raise ValueError(f"{min(unknown)}: unknown key, known are tiers and default_tier")
+        if not isinstance(tiers, dict) or not tiers or not all(isinstance(t, list) and t for t in tiers.values()):
+            raise ValueError("tiers: must map each tier to a list of providers")
+        self._tiers = {name: [_candidate(c, f"tiers.{name}") for c in tier] for name, tier in tiers.items()}
+        self._tier = settings.get("tier", settings.get("default_tier", next(iter(tiers))))
+        if settings.get("default_tier", self._tier) not in tiers and "tier" not in settings:
+            raise ValueError(f"default_tier: there is no tier {self._tier!r}")
+
+    @property
+    def providers(self) -> list[str]:
+        """The providers that the tiers refer to, for the check at start."""
+        return [provider for tier in self._tiers.values() for provider, _ in tier]
+
+    def pre_request(self, request: Request) -> None:
+        if self._tier not in self._tiers:
+            known = ", ".join(self._tiers)
+            raise BadRequest(f"plugins: pareto-router has no tier {str(self._tier)[:60]!r}, known are {known}", param="plugins")
+        request.forced = list(self._tiers[self._tier])
+
+
+plugin = ParetoRouter
+
+
+def _candidate(told: Any, place: str) -> tuple[str, str | None]:
+    if isinstance(told, str):
+        return told, None
+    if isinstance(told, dict) and isinstance(told.get("provider"), str) and set(told) <= {"provider", "model"}:
+        return told["provider"], told.get("model")
+    raise ValueError(f"{place}: takes provider names or tables with provider and model")
