@@ -1047,7 +1047,6 @@ class Store:
     def __init__(self, path: str, max_items: int, max_bytes: int) -> None:
         self._limits = max_items, max_bytes
         self._lock = threading.RLock()
-        self._in_flight: dict[str, int] = {}
         _private_file(Path(path))
         self._db = sqlite3.connect(path, timeout=5, isolation_level=None, check_same_thread=False)
         for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "journal_size_limit=16777216"):
@@ -1115,8 +1114,7 @@ class Store:
         items, size = counts.get("queued", 0) - self._limits[0], counts.get("queued_bytes", 0) - self._limits[1]
         gone: list[Queued] = []
         if items > 0 or size > 0:
-            # Not what is on the wire just now: it could not be counted as dropped if it arrives.
-            for row in self._rows(destination, after=self._in_flight.get(destination, 0)):
+            for row in self._rows(destination):
                 if items <= 0 and size <= 0:
                     break
                 gone.append(row)
@@ -1124,9 +1122,9 @@ class Store:
             self._remove(db, destination, gone)
             self._count(db, destination, **{"dropped:queue_full": len(gone)})
 
-    def _rows(self, destination: str, *, after: int = 0, until: int = 2**62) -> Iterator[Queued]:
-        select = "SELECT seq, payload, bytes FROM queue WHERE destination = ? AND seq > ? AND seq <= ? ORDER BY seq"
-        return map(Queued._make, self._db.execute(select, (destination, after, until)))
+    def _rows(self, destination: str, until: int = 2**62) -> Iterator[Queued]:
+        select = "SELECT seq, payload, bytes FROM queue WHERE destination = ? AND seq <= ? ORDER BY seq"
+        return map(Queued._make, self._db.execute(select, (destination, until)))
 
     def _remove(self, db: sqlite3.Connection, destination: str, rows: list[Queued]) -> None:
         db.executemany("DELETE FROM queue WHERE seq = ?", [(row.seq,) for row in rows])
@@ -1139,31 +1137,28 @@ class Store:
         rows: list[Queued] = []
         size = 0
         with self._lock:
-            for row in islice(self._rows(destination, until=until), most):
+            for row in islice(self._rows(destination, until), most):
                 size += row.bytes + 1
                 if rows and size > BATCH_BYTES:
                     break
                 rows.append(row)
-            if rows:
-                self._in_flight[destination] = rows[-1].seq
             select = "SELECT body FROM payload WHERE id = ?"
             return [(row.seq, self._db.execute(select, (row.payload,)).fetchone()[0]) for row in rows]
 
-    def settle(self, destination: str, last: int, *, dropped: str = "", rejected: int = 0, error: str = "") -> None:
-        """End the life of everything up to `last`: delivered but for `rejected`, or `dropped` with that reason."""
+    def settle(self, destination: str, batch: list[int], answer: Answer, dropped: str = "") -> None:
+        """End the life of a batch: delivered but for what was rejected, or dropped with that reason."""
         with self._transaction() as db:
-            rows = list(self._rows(destination, until=last))
-            if rows:  # none if the destination was deleted meanwhile
-                self._remove(db, destination, rows)
-                lost = len(rows) if dropped else min(rejected, len(rows))
-                self._count(db, destination, **{"delivered": len(rows) - lost, f"dropped:{dropped or 'rejected'}": lost})
-                self._note(db, destination, error, success=not dropped)
-        self.release(destination)
-
-    def release(self, destination: str) -> None:
-        """What was on the wire is only in the queue again."""
-        with self._lock:
-            self._in_flight.pop(destination, None)
+            rows = list(self._rows(destination, batch[-1]))
+            if not db.execute("SELECT 1 FROM ledger WHERE destination = ? LIMIT 1", (destination,)).fetchone():
+                return  # deleted meanwhile
+            self._remove(db, destination, rows)
+            if dropped:
+                self._count(db, destination, **{f"dropped:{dropped}": len(rows)})
+            else:
+                # What made room for newer ones while it was on the wire has arrived after all.
+                arrived, lost = {"dropped:queue_full": len(rows) - len(batch)}, min(answer.rejected, len(batch))
+                self._count(db, destination, **arrived, **{"delivered": len(batch) - lost, "dropped:rejected": lost})
+            self._note(db, destination, answer.error, success=not dropped)
 
     def note(self, destination: str, error: str) -> None:
         with self._transaction() as db:
@@ -1271,6 +1266,10 @@ class Answer(NamedTuple):
         return self.cause in RETRIED_CAUSES or (self.cause == "http" and self.status in RETRIED_STATUS)
 
     @property
+    def error(self) -> str:
+        return "" if self.cause == "ok" else f"{self.message}: {self.said}" if self.said else self.message
+
+    @property
     def reason(self) -> str:
         """Its name in the ledger."""
         if self.cause in BAD_ANSWERS:
@@ -1289,6 +1288,7 @@ class Wire:
 
     def __init__(self, connection: socket.socket, deadline: float) -> None:
         self._socket, self._deadline = connection, deadline
+        self.ended = False
 
     def _in_time(self) -> socket.socket:
         left = self._deadline - time.monotonic()
@@ -1303,7 +1303,9 @@ class Wire:
             view = view[self._in_time().send(view) :]
 
     def recv_into(self, buffer: Any) -> int:
-        return self._in_time().recv_into(buffer)
+        n = self._in_time().recv_into(buffer)
+        self.ended = self.ended or not n
+        return n
 
     def makefile(self, *_: Any) -> io.BufferedReader:
         return io.BufferedReader(_Reading(self))
@@ -1439,6 +1441,8 @@ def _converse(to: Target, body: bytes, wire: Wire) -> Answer:
     connection.sock = wire
     connection.request(to.method, to.path, body, headers | {"User-Agent": "opensourcellmrouter"} | to.headers)
     with connection.getresponse() as response:
+        if wire.ended:  # within the head, which http.client takes for its end
+            raise http.client.IncompleteRead(b"")
         read = response.read(ANSWER_BYTES + 1)
         if response.length and len(read) <= ANSWER_BYTES:
             raise http.client.IncompleteRead(read, response.length)
@@ -1660,8 +1664,8 @@ def advise(d: Destination, answer: Answer) -> str:
 
 BACKOFF_FIRST = 1.0
 BACKOFF_MOST = 30.0
-GROUP_ITEMS: Final = 256  # records per commit
-GROUP_WEIGHT: Final = 4 << 20
+GROUP_ITEMS, GROUP_WEIGHT = 256, 4 << 20  # of one commit
+INBOX_ITEMS, INBOX_WEIGHT = 10_000, 64 << 20  # in memory, while the disk does not answer
 
 
 class Entry(NamedTuple):
@@ -1694,13 +1698,12 @@ class Writer:
         self._thread.start()
 
     def put(self, record: Record) -> None:
-        """Called in the request's thread: an append. The inbox is only ever long while the disk does not answer."""
-        heavy, limits = weight(record), self._owner.settings
+        """Called in the request's thread: an append."""
+        heavy = weight(record)
         with self._lock:
             self._inbox.append((record, heavy))
             self._weight += heavy
-            full = len(self._inbox) > limits.queue_max_items or self._weight > limits.queue_max_bytes
-            if full and len(self._inbox) > 1:
+            if len(self._inbox) > INBOX_ITEMS or (self._weight > INBOX_WEIGHT and len(self._inbox) > 1):
                 self._weight -= self._inbox.popleft()[1]
                 self._lost += 1
         self._wake.set()
@@ -1804,15 +1807,14 @@ class Worker:
         if not batch:
             emptied, self._until, self._tries = bool(self._until), 0, 0  # what was tried again made room for newer ones
             return emptied
-        answer, last = self._send(entry.destination, envelope(body for _, body in batch)), batch[-1][0]
+        answer, sent = self._send(entry.destination, envelope(body for _, body in batch)), [seq for seq, _ in batch]
         if answer.status == 413 and len(batch) > 1:
             self._most = len(batch) // 2
-            store.release(entry.id)
         elif answer.retry:
-            self._again(entry, last, answer)
+            self._again(entry, sent, answer)
             return not self._leave
         else:
-            self._settle(entry, last, answer)
+            self._settle(entry, sent, answer, "" if answer.cause in ("ok", "rejected") else answer.reason)
         return True
 
     def _send(self, d: Destination, body: bytes) -> Answer:
@@ -1826,14 +1828,12 @@ class Worker:
         if self._stop:
             wire.cut()
 
-    def _settle(self, entry: Entry, last: int, answer: Answer, dropped: str = "") -> None:
-        dropped = dropped or ("" if answer.cause in ("ok", "rejected") else answer.reason)
-        error = "" if answer.cause == "ok" else answer.message + (f": {answer.said}" if answer.said else "")
-        if error:
+    def _settle(self, entry: Entry, batch: list[int], answer: Answer, dropped: str) -> None:
+        if answer.cause != "ok":
             warn(entry.id, f"destination {entry.destination.name!r}: {answer.message}")
         while not self._stop:  # what arrived is not sent again because the disk is full
             try:
-                self._owner.store.settle(entry.id, last, dropped=dropped, rejected=answer.rejected, error=error)
+                self._owner.store.settle(entry.id, batch, answer, dropped)
                 break
             except sqlite3.Error:
                 warn("store", "what was delivered cannot be written down; trying again")
@@ -1841,22 +1841,21 @@ class Worker:
         self._until = self._tries = 0
         self._most = min(BATCH_ITEMS, self._most * 2)
 
-    def _again(self, entry: Entry, last: int, answer: Answer) -> None:
+    def _again(self, entry: Entry, batch: list[int], answer: Answer) -> None:
         """Back off as the OTLP specification says, until max_elapsed has passed for this batch."""
         now, store = time.monotonic(), self._owner.store
         if not self._tries:
-            self._since, self._until = now, last
+            self._since, self._until = now, batch[-1]
         left = self._since + self._owner.settings.max_elapsed - now
         pause = min(BACKOFF_MOST, BACKOFF_FIRST * 2 ** min(self._tries, 16)) * random.uniform(0.5, 1.5)
         pause = max(pause, answer.retry_after)
         self._tries += 1
         if left > 0:
-            store.release(entry.id)
             store.note(entry.id, answer.message)
             warn(entry.id, f"destination {entry.destination.name!r}: {answer.message}; trying again")
             if self._leave or self._pause(min(pause, left)) or pause <= left:
                 return
-        self._settle(entry, last, answer, "max_elapsed")
+        self._settle(entry, batch, answer, "max_elapsed")
 
     def _pause(self, seconds: float) -> bool:
         """Wait; true if something changed that is worth another try at once."""
@@ -1909,7 +1908,7 @@ class Settings:
 class ApiError(Exception):
     """An answer of the settings API that is not a success."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, **more: Any) -> None:
+    def __init__(self, status: int, message: str, param: str | None = None, /, **more: Any) -> None:
         super().__init__(message)
         kinds = {403: "permission_error", 404: "not_found_error", 429: "rate_limit_error", 503: "server_error"}
         error = {"message": message, "type": kinds.get(status, "invalid_request_error"), "param": param, "code": None}
@@ -1955,7 +1954,7 @@ class Broadcast:
         offers: Offers = []
         takers = self._takers
         for entry in takers if lost else ():
-            counts[entry.id, "accepted"] = counts[entry.id, "dropped:handover_full"] = lost
+            counts[entry.id, "accepted"] = counts[entry.id, "dropped:queue_full"] = lost
         for record in group:
             for privacy in (False, True):
                 wanted = [entry for entry in takers if entry.destination.privacy_mode == privacy]

@@ -471,7 +471,9 @@ class Attempt:
         return providers.refusal(reply.status, reply.headers, detail, self._run.plan.retry.on_status)
 
     def _whole(self, reply: Reply) -> Iterator[Blocks]:
-        data = reply.read_all()
+        data = reply.read() or b""
+        reply.streaming()
+        data += reply.read_all()
         try:
             events = self._language.parse(data, self._run.request)
         except providers.SHAPE_ERRORS:
@@ -482,30 +484,28 @@ class Attempt:
     def _stream(self, reply: Reply) -> Iterator[Blocks | None]:
         parser = self._language.Parser()
         held: Blocks = []
-        while not self._run.answer.done:
+        answer = self._run.answer
+        while not answer.done:
             piece = reply.read(self._run.until)
             if piece is None:
                 yield None
                 continue
             held += parser.feed(piece) if piece else parser.end()
-            if not self.begun and any(not isinstance(e, Done) for _, events in held for e in events):
-                self._begin(held, reply)
+            if not self.begun and any(not isinstance(e, (Done, Malformed)) for _, events in held for e in events):
+                self.begun = True
+                reply.streaming()
             if self.begun and held:
                 yield held
                 held = []
             if not piece:
                 break
         if not self.begun:
-            raise providers.malformed("an empty answer")
-        if not self._run.answer.complete:
+            raise providers.malformed("nothing that can be read" if held else "an empty answer")
+        if not answer.complete:
             raise providers.lost("the provider's stream ended in the middle")
+        if answer.done and (rest := parser.end()):
+            yield rest
         self._drain(reply)
-
-    def _begin(self, held: Blocks, reply: Reply) -> None:
-        if any(isinstance(e, Malformed) for _, events in held for e in events[:1]):
-            raise providers.malformed("a stream that does not begin with an event")
-        self.begun = True
-        reply.streaming()
 
     def _drain(self, reply: Reply) -> None:
         """The answer is complete; read the end of its framing, if it comes at once, so that the connection can be kept."""
@@ -923,7 +923,7 @@ class Run:
             "provider_format": last.get("format"), "vendor": last.get("vendor"),
             "server_address": last.get("server_address"), "server_port": last.get("server_port"),
             "plugins": [p.id for p in self._parts], "skipped_plugins": self._skipped_plugins,
-            "dropped": self.attempt.call.dropped if self.attempt and self.attempt.call else [],
+            "dropped": self._dropped(),
             "system": "\n\n".join(providers.block_text(b) for b in self.request.system) or None,
             "messages": [{"role": m.role, "content": m.content} for m in self.request.messages],
             "tools": [{"name": t.name, "description": t.description, "parameters": t.parameters} for t in self.request.tools],
@@ -934,6 +934,12 @@ class Run:
             "trace": self.request.router.get("trace") or {},
             "traceparent": self.arrival.traceparent, "tracestate": self.arrival.tracestate,
         }  # fmt: skip
+
+    def _dropped(self) -> list[str]:
+        """What the client said and the provider was not told; nothing where the client's own bytes went on."""
+        if self.attempt is None or self.attempt.native or self.attempt.call is None:
+            return []
+        return list(dict.fromkeys(self.request.dropped + self.attempt.call.dropped))
 
     def _measure(self, first_token: float | None, now: float, usage: Usage) -> None:
         if self._outcome != "ok" or first_token is None or self.attempt is None:

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import gc
 import hmac
+import json
 import logging
 import os
 import queue
@@ -304,14 +305,17 @@ class RequestLog:
 
     def _write_all(self) -> None:
         while (event := self._queue.get()) is not None:
-            self._write(event)
+            try:
+                self._write(event)
+            except Exception as e:  # noqa: BLE001 - one record that cannot be written must not end the log
+                self._lost(type(e).__name__)
             if self._queue.empty():
                 time.sleep(0.02)  # under load the next lines are then written in one go, without waking a thread for each
         if self._fd is not None:
             os.close(self._fd)
 
     def _write(self, event: dict[str, Any]) -> None:
-        line = (providers.dumps(event if self._content else without_content(event)) + "\n").encode()
+        line = _line(event if self._content else without_content(event))
         try:
             fd = self._file()
             if self._torn:
@@ -340,6 +344,7 @@ class RequestLog:
             self._fd = os.open(self._path, flags, 0o600)
             if stat.S_ISREG(os.fstat(self._fd).st_mode):
                 os.set_blocking(self._fd, True)
+                self._torn = _ends_torn(self._path)
         return self._fd
 
     def _is_at_path(self, fd: int) -> bool:
@@ -356,11 +361,28 @@ class RequestLog:
             log.warning("cannot write to %s: %s; %d lines lost so far", self._path, why, self.dropped)
 
 
+def _ends_torn(path: Path) -> bool:
+    """Does the file end in the middle of a line, because of a crash or a full disk in an earlier life?"""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        return size > 0 and file.read(1) != b"\n"
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    """One line of JSON, ASCII only. A lone surrogate (a client may send one as an escape) becomes U+FFFD."""
+    line = providers.dumps(record)
+    if "\\ud" in line:
+        text = json.dumps(record, ensure_ascii=False).encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        line = providers.dumps(json.loads(text))
+    return line.encode() + b"\n"
+
+
 def without_content(record: dict[str, Any]) -> dict[str, Any]:
     """The record without anything a client or a model said: what is left are names, numbers and outcomes."""
     bare = {**record, "system": None, "messages": [], "tools": [], "request": {}, "trace": record["trace"]}
     if record["response"]:
-        calls = [{"id": c["id"], "name": c["name"]} for c in record["response"]["tool_calls"]]
+        calls = [{"id": c["id"], "name": c["name"], "arguments": ""} for c in record["response"]["tool_calls"]]
         bare["response"] = {**record["response"], "content": "", "reasoning": None, "tool_calls": calls}
     return bare
 
@@ -427,6 +449,7 @@ class App:
         self.config = config
         self.keys, plan = prepare(config, environ, source)
         self.pipeline = pipeline.Pipeline(plan)
+        self.draining = False
         self._discovery: pipeline.Discovery | None = None
         self.refused: Counter[str] = Counter()
         self._started = time.monotonic()
@@ -554,6 +577,8 @@ class App:
             self.refused["bad_request"] += 1
             raise
         request.headers = headers
+        if self.draining:
+            raise Refused("the router is shutting down", status=503, kind="overloaded", code="shutdown", reason="shutdown")
         if path == "/v1/route":
             return _json(pipeline.explain(self.pipeline.plan, request))
         run = self.pipeline.start(request, _arrival(environ, path, key_name))
@@ -786,15 +811,13 @@ def _parts(config: Config, kind: str) -> list[plugins.Part]:
 def _lanes(config: Config, environ: Mapping[str, str], old: pipeline.Plan | None) -> dict[str, pipeline.Lane]:
     """The providers that can be in service: one whose key is named but unset is left out with a warning."""
     lanes: dict[str, pipeline.Lane] = {}
-    missing = []
+    missing: list[str] = []
     for i, provider in enumerate(config.providers):
         key = None
         if provider.api_key_env:
             key = _key(f"providers[{i}].api_key_env", provider.api_key_env, environ)
             if key is None:
-                log.warning(
-                    "provider %s is left out: the environment variable %s is not set", provider.name, provider.api_key_env
-                )
+                missing.append(f"provider {provider.name} is left out: the environment variable {provider.api_key_env} is not set")
                 continue
         for name, value in provider.headers.items():
             if re.search("auth|key|token|secret|cookie", name.lower()):
@@ -899,9 +922,13 @@ class Service:
             self.app.pipeline.in_flight,
             self.settings.drain_seconds,
         )
+        self.app.draining = True
         self._server.accepting = False
         self._server.del_channel()
         self._server.socket.close()
+        for channel in list(self._server.active_channels.values()):
+            if not channel.requests and not channel.total_outbufs_len and channel.request is None:
+                channel.handle_close()
         if self.settings.unix_socket:
             Path(self.settings.unix_socket).unlink(missing_ok=True)
 
@@ -913,6 +940,8 @@ class Service:
                 channel.handle_close()
             elif channel.received_late(now, self.RECEIVE_SECONDS):
                 channel.handle_close()
+        for lane in self.app.pipeline.plan.lanes.values():
+            lane.upstream.tidy()
 
 
 def _raise_file_limit() -> None:
@@ -956,7 +985,8 @@ def _channel_class(app: App) -> type:
         def parse_header(self, header_plus: bytes) -> None:
             lines = header_plus.split(b"\r\n")[1:]
             names = Counter(line.partition(b":")[0].lower() for line in lines)
-            if any(line[:1] in (b" ", b"\t") for line in lines) or any(names[n] > 1 for n in _SINGLE):
+            codings = b",".join(line for line in lines if line[:18].lower() == b"transfer-encoding:")
+            if any(line[:1] in (b" ", b"\t") for line in lines) or any(names[n] > 1 for n in _SINGLE) or b"," in codings:
                 raise ParsingError("ambiguous header")
             if names[b"transfer-encoding"] and names[b"content-length"]:
                 raise ParsingError("two lengths")

@@ -18,9 +18,11 @@ import importlib
 import json
 import os
 import pkgutil
+import queue
 import re
 import ssl
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
@@ -140,7 +142,7 @@ class Request:
     {"type": "json_object"} or {"type": "json_schema", "name", "schema", "strict"}. `reasoning` is the number of tokens the
     model may think (0: not at all). `operation` is "chat", "embeddings" (then `inputs` is set) or "count_tokens". `router`
     holds the router's own fields: plugins, trace, session_id, models. `forced` are the (provider, model or None) that a
-    plugin wants asked instead of whom the rules name.
+    plugin wants asked instead of whom the rules name. `dropped` names what the client said that has no words here.
     """
 
     format: str
@@ -173,6 +175,7 @@ class Request:
     router: dict[str, Any] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)
     forced: list[tuple[str, str | None]] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
     changed: bool = False
 
     def native(self, format: str) -> bool:
@@ -210,11 +213,30 @@ def router_fields(data: Mapping[str, Any], headers: Mapping[str, str]) -> dict[s
     return found
 
 
+def read_field(data: Mapping[str, Any], name: str, types: Any, what: str, *, required: bool = False, place: str = "") -> Any:
+    """A field of a client's JSON object, None where it is not there. Raises BadRequest naming it (below `place`)."""
+    value, path = data.get(name), f"{place}.{name}" if place else name
+    if value is None and not required:
+        return None
+    wrong_bool = isinstance(value, bool) and types is not bool
+    if value is None or wrong_bool or not isinstance(value, types):
+        raise BadRequest(f"{path} {'is required' if value is None else f'must be {what}'}", param=path)
+    return value
+
+
+def read_strings(value: str | list[Any] | None, name: str) -> list[str]:
+    """A string, or a list of them, as a list. Raises BadRequest naming the field."""
+    values = [value] if isinstance(value, str) else value or []
+    if not all(isinstance(v, str) for v in values):
+        raise BadRequest(f"{name} must be a list of strings", param=name)
+    return values
+
+
 def block_text(block: Block) -> str:
     """The text of a block: what a reader of plain text would see of it, "" for an image."""
     content = block.get("text") or block.get("thinking") or block.get("content") or ""
     if isinstance(content, list):
-        return "\n".join(block_text(b) for b in content)
+        return "\n".join(block_text(b) for b in content if isinstance(b, dict))
     return content if isinstance(content, str) else ""
 
 
@@ -532,8 +554,8 @@ class Provider:
     total_timeout: float = field(default=600.0, metadata={"doc": "seconds for the whole answer"})
 
     def __post_init__(self) -> None:
-        if self.format not in formats("build"):
-            raise ValueError(f"format: unknown format {self.format!r}, known are {', '.join(formats('build'))}")
+        if self.format not in formats("endpoint"):
+            raise ValueError(f"format: unknown format {self.format!r}, known are {', '.join(formats('endpoint'))}")
         if self.format != "echo" and not self.base_url:
             raise ValueError("base_url: required")
         if self.base_url:
@@ -628,7 +650,7 @@ class Language(Protocol):
 
 
 def formats(face: str) -> list[str]:
-    """The names of the formats that have this face ("build": upstreams, "parse_request": clients)."""
+    """The names of the formats that have this face ("endpoint": upstreams, "parse_request": clients)."""
     return [name for name in _files() if hasattr(language(name), face)]
 
 
@@ -752,19 +774,11 @@ class SSE:
 
     def __init__(self) -> None:
         self._rest = b""
-        self._bom = True
 
     def feed(self, data: bytes) -> list[bytes]:
         """The blocks completed by these bytes. Raises UpstreamError for a block over 8 MiB."""
         searched = max(0, len(self._rest) - 3)
         rest = self._rest + data if self._rest else data
-        if self._bom and rest:
-            if rest.startswith(b"\xef\xbb\xbf"):
-                rest = rest[3:]
-            elif b"\xef\xbb\xbf".startswith(rest):
-                self._rest = rest
-                return []
-            self._bom = False
         if b"\r" not in rest:
             *blocks, rest = rest.split(b"\n\n")
             self._keep(rest)
@@ -818,7 +832,7 @@ class Lines:
 
     def end(self) -> bytes:
         rest, self._rest = self._rest, b""
-        return rest.strip()
+        return rest
 
 
 SHAPE_ERRORS = (AttributeError, TypeError, KeyError, IndexError, ValueError)
@@ -832,6 +846,7 @@ class BlockParser:
 
     def __init__(self) -> None:
         self._cutter = type(self).cutter()
+        self._fresh = True
 
     def feed(self, piece: bytes) -> list[tuple[bytes, list[Event]]]:
         """The blocks completed by this piece, each with the events it says. A comment has none."""
@@ -842,10 +857,12 @@ class BlockParser:
         counts, half of one does not."""
         rest = self._cutter.end()
         events = self._read(rest) if rest.strip() else []
-        broken = not events or any(isinstance(e, Malformed) for e in events)
-        return [] if broken else [(rest + b"\n\n", events)]
+        broken = rest.strip() and not (events and not any(isinstance(e, Malformed) for e in events))
+        return [] if broken or not rest else [(rest, events)]
 
     def _read(self, block: bytes) -> list[Event]:
+        if self._fresh:
+            self._fresh, block = False, block.removeprefix(b"\xef\xbb\xbf")
         try:
             return self.events(block)
         except SHAPE_ERRORS:
@@ -859,7 +876,7 @@ class BlockParser:
 def read_object(data: bytes) -> dict[str, Any] | None:
     """The JSON object in bytes from an upstream, None if it is anything else."""
     try:
-        value = json.loads(data)
+        value = json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
@@ -973,6 +990,8 @@ class Reply:
         self.headers: dict[str, str] = {}
         self.finished = False
         self._reusable = False
+        self._whole_request = True
+        self._gunzip: _Gunzip | None = None
 
     def send(self, data: bytes) -> None:
         """Write the request. A provider that answers and closes before it has read all of it may still be heard."""
@@ -980,11 +999,13 @@ class Reply:
         while view:
             try:
                 view = view[self._sock.send(view) :]
-            except TimeoutError:
+            except (TimeoutError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
                 self._waited()
-            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                self._waited()
+                if not self._connection.is_connected:  # urllib3's word for: there is something to read
+                    self._whole_request = False
+                    return
             except OSError:
+                self._whole_request = False
                 return  # whatever it said before it closed is still there to be read
 
     def head(self, until: float = float("inf")) -> bool:
@@ -1024,9 +1045,12 @@ class Reply:
         """How the body ends (RFC 9112, 6.3) and whether the connection may be used again after it."""
         coding, length = self.headers.get("transfer-encoding"), self.headers.get("content-length")
         self._reusable = persistent and "close" not in self.headers.get("connection", "").lower()
-        self._reusable = self._reusable and (coding is None or length is None)
-        if self.headers.get("content-encoding", "identity").lower() not in ("identity", ""):
-            raise malformed("a compressed answer that was not asked for")
+        self._reusable = self._reusable and (coding is None or length is None) and self._whole_request
+        packed = self.headers.get("content-encoding", "identity").strip().lower()
+        if packed in ("gzip", "x-gzip"):  # not asked for, but some proxies pack everything
+            self._gunzip = _Gunzip()
+        elif packed not in ("identity", ""):
+            raise malformed("an answer in a content coding that was not asked for")
         if status in (204, 304):
             self._take = _Length(0, self)
         elif coding is not None:
@@ -1058,6 +1082,8 @@ class Reply:
                     break
                 data = received
             piece = self._take(data)
+            if self._gunzip and piece:
+                piece = self._gunzip.feed(piece)
             if piece:
                 return piece
         return b""
@@ -1118,6 +1144,26 @@ class Reply:
         if now >= self._idle:
             raise late(self._limit, self._limits.read_timeout if self._limit == "first_byte" else self._limits.idle_timeout)
         return now
+
+
+class _Gunzip:
+    """Unpacks a gzip body as it comes. What grows a hundredfold is no answer but a bomb."""
+
+    def __init__(self) -> None:
+        self._unpacker = zlib.decompressobj(wbits=31)
+        self._packed = self._plain = 0
+
+    def feed(self, data: bytes) -> bytes:
+        self._packed += len(data)
+        room = max(2**20, 100 * self._packed) - self._plain
+        try:
+            plain = self._unpacker.decompress(data, max(1, room))
+        except zlib.error:
+            raise malformed("a gzip body that is none") from None
+        self._plain += len(plain)
+        if self._unpacker.unconsumed_tail:
+            raise malformed("a gzip body of a hundred times its size")
+        return plain
 
 
 class _Length:
@@ -1185,6 +1231,23 @@ class _Chunked:
         return False
 
 
+class _Idle(queue.LifoQueue[Any]):
+    """The idle connections of a pool, the latest used on top (urllib3's `QueueCls`)."""
+
+    def tidy(self) -> None:
+        """Close those that are past their time or that the other side has closed."""
+        with self.mutex:
+            stale = [(i, c) for i, c in enumerate(self.queue) if c is not None and c.sock is not None and not _usable(c)]
+            for i, _ in stale:
+                self.queue[i] = None
+        for _, connection in stale:
+            connection.close()
+
+
+def _usable(connection: Any) -> bool:
+    return time.monotonic() < getattr(connection, "_use_until", 0.0) and bool(connection.is_connected)
+
+
 class Upstream:
     """A provider as it runs: its connections, its key, its language. One per [[providers]] table, shared by all threads."""
 
@@ -1205,11 +1268,9 @@ class Upstream:
         parts = urlsplit(url)
         self._scheme, self.address = parts.scheme, parts.hostname or ""
         self.port = parts.port or (443 if parts.scheme == "https" else 80)
-        if parts.scheme == "https":
-            tls = ssl.create_default_context()
-            self._pool: Any = urllib3.HTTPSConnectionPool(self.address, self.port, maxsize=threads, ssl_context=tls)
-        else:
-            self._pool = urllib3.HTTPConnectionPool(self.address, self.port, maxsize=threads)
+        kind: Any = urllib3.HTTPSConnectionPool if parts.scheme == "https" else urllib3.HTTPConnectionPool
+        tls = {"ssl_context": ssl.create_default_context()} if parts.scheme == "https" else {}
+        self._pool = type("Pool", (kind,), {"QueueCls": _Idle})(self.address, self.port, maxsize=threads, **tls)
         self._path = parts.path.rstrip("/")
         standard = {
             "host": _authority(parts.hostname or "", parts.port),
@@ -1250,7 +1311,7 @@ class Upstream:
 
         connection = self._pool._get_conn()
         if connection.sock is not None:
-            if time.monotonic() < getattr(connection, "_use_until", 0.0):
+            if _usable(connection):
                 return connection
             connection.close()
         try:
@@ -1260,7 +1321,7 @@ class Upstream:
             self._drop(connection)
             if isinstance(e, (errors.TimeoutError, TimeoutError)) and not isinstance(e, errors.NewConnectionError):
                 raise late("connect", self.provider.connect_timeout) from None
-            raise lost(f"cannot connect to {self.address}:{self.port}: {_reason(e)}", refused=True) from None
+            raise lost(f"cannot connect to the provider: {_reason(e)}", refused=True) from None
         connection.sock.settimeout(SLICE)
         return connection
 
@@ -1276,6 +1337,11 @@ class Upstream:
         told = re.search(r"timeout=(\d+)", headers.get("keep-alive", ""))
         connection._use_until = time.monotonic() + (int(told[1]) - 1 if told else KEEP_IDLE[self._scheme])
         self._pool._put_conn(connection)
+
+    def tidy(self) -> None:
+        """Close the idle connections that are too old to be used or that the provider has closed."""
+        if self.address:
+            self._pool.pool.tidy()
 
     def close(self) -> None:
         """Close the idle connections."""

@@ -118,11 +118,17 @@ def _keep_alive(request: Request) -> dict[str, Any]:
 
 
 def _dropped(request: Request) -> list[str]:
-    forced = request.tool_choice not in (None, "auto", "none")
-    hosted = any(not _is_function(t) for t in request.tools)
-    unsaid = [name for name in _UNSAID if getattr(request, name) is not None]
-    extra = sorted(request.extra.keys() - {"keep_alive"})
-    return [*(["tool_choice"] if forced else []), *(["tools"] if hosted else []), *unsaid, *extra]
+    """What was asked for and is not in Ollama's words."""
+    images = [b for m in request.messages for b in m.content if b["type"] == "image"]
+    noted = {
+        "tool_choice": request.tool_choice not in (None, "auto", "none"),
+        "tools": any(not _is_function(t) for t in request.tools),
+        "strict": any(t.extra.get("strict") for t in request.tools),
+        "detail": any(b.get("detail") not in (None, "auto") for b in images),
+        **{name: getattr(request, name) is not None for name in _UNSAID},
+    }
+    noted |= dict.fromkeys(request.extra.keys() - {"keep_alive"}, True)
+    return sorted(name for name, dropped in noted.items() if dropped)
 
 
 def _think(tokens: int, model: str) -> bool | str:
@@ -218,7 +224,7 @@ def parse(data: bytes, request: Request) -> list[Event]:
         return _embed_events(body)
     if not isinstance(body.get("message"), dict) or body.get("done") is False:
         raise malformed("an answer without an end" if "message" in body else "an answer without a message")
-    return Parser().events(data)
+    return Parser().read(body)
 
 
 class Parser(BlockParser):
@@ -233,8 +239,10 @@ class Parser(BlockParser):
 
     def events(self, block: bytes) -> list[Event]:
         line = read_object(block)
-        if line is None:
-            return [Malformed("a line that is not JSON")]
+        return [Malformed("a line that is not JSON")] if line is None else self.read(line)
+
+    def read(self, line: dict[str, Any]) -> list[Event]:
+        """What a line says; a whole answer is the only line there is."""
         _raise_error(line)
         events: list[Event] = [] if self._begun else [Begin(model=_word(line.get("model")))]
         self._begun = True

@@ -1,4 +1,5 @@
-"""OpenAI Chat Completions: the client face and the upstream face of `/v1/chat/completions`, its SSE and its errors.
+"""OpenAI Chat Completions: the client face and the upstream face of `/v1/chat/completions`, its SSE and its errors; and
+`/v1/embeddings`.
 
 Most providers and local servers speak it, with fields of their own. So where both sides speak it nothing is rebuilt: the
 client's bytes go on with another `model`, the provider's come back as they came.
@@ -6,13 +7,19 @@ client's bytes go on with another `model`, the provider's come back as they came
 
 from __future__ import annotations
 
+import array
+import base64
 import json
+import re
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 import telemetry
 from providers import (
     ROUTER_FIELDS,
+    SHAPE_ERRORS,
     Answer,
     BadRequest,
     Begin,
@@ -37,17 +44,22 @@ from providers import (
     UpstreamError,
     Usage,
     Used,
+    Vectors,
     amount,
+    block_text,
     dig,
     dumps,
     event_data,
     malformed,
+    read_field,
     read_object,
+    read_strings,
     router_fields,
     sse,
 )  # fmt: skip
 
-EFFORTS = {"none": 0, "minimal": 1024, "low": 4096, "medium": 16384, "high": 32768, "xhigh": 65536}
+OPERATIONS = ("embeddings",)
+EFFORTS = {"none": 0, "minimal": 1024, "low": 4096, "medium": 16384, "high": 32768, "xhigh": 65536, "max": 131072}
 """reasoning_effort <-> tokens the model may think."""
 
 
@@ -55,26 +67,59 @@ EFFORTS = {"none": 0, "minimal": 1024, "low": 4096, "medium": 16384, "high": 327
 def parse_request(body: Body, headers: Mapping[str, str]) -> Request:
     """A chat request in the router's words. Raises BadRequest naming the field that cannot be."""
     data = body.data
-    request = Request("openai", body, _field(data, "model", str, "a string"), router=router_fields(data, headers))
-    if not request.model:
-        raise BadRequest("model must not be empty", param="model")
+    request = _begin(body, headers)
     for name, (attribute, types, what) in _PLAIN.items():
-        value = _field(data, name, types, what, required=False)
+        value = read_field(data, name, types, what)
         if value is not None:
             setattr(request, attribute, value)
-    request.stream = bool(request.stream)
-    request.include_usage = bool(dig(data, "stream_options.include_usage"))
-    request.stop = [request.stop] if isinstance(request.stop, str) else _strings(request.stop, "stop")
+    request.include_usage = bool(dig(read_field(data, "stream_options", dict, "an object"), "include_usage"))
+    request.stop = read_strings(request.stop, "stop")
     if not 1 <= request.n <= 128:
         raise BadRequest("n must lie between 1 and 128", param="n")
     _read_messages(data, request)
-    request.tools = [_tool(t, i) for i, t in enumerate(_field(data, "tools", list, "a list", required=False) or [])]
-    request.tool_choice = _tool_choice(data.get("tool_choice"))
+    request.tools = [_tool(t, f"tools[{i}]") for i, t in enumerate(read_field(data, "tools", list, "a list") or [])]
+    functions = read_field(data, "functions", list, "a list") or []
+    request.tools += [_function(f, f"functions[{i}]", {}) for i, f in enumerate(functions)]
+    _read_choice(data, request)
     request.response_format = _response_format(data.get("response_format"))
-    effort = data.get("reasoning_effort") or dig(data, "reasoning.effort")
-    request.reasoning = EFFORTS.get(effort) if isinstance(effort, str) else None
-    request.extra = {k: v for k, v in data.items() if k in _EXTRA and v is not None}
+    request.reasoning = _reasoning(data)
+    request.extra = {k: v for k, v in data.items() if k not in _KNOWN and v is not None}
     return request
+
+
+def parse_embeddings(body: Body, headers: Mapping[str, str]) -> Request:
+    """An embeddings request in the router's words; its text stands in a message, too, for whoever wants to read it."""
+    data = body.data
+    request = _begin(body, headers)
+    request.operation, request.inputs = "embeddings", _inputs(data.get("input"))
+    texts: list[Block] = [{"type": "text", "text": i} for i in request.inputs if isinstance(i, str)]
+    request.messages = [Message("user", texts)]
+    request.user = read_field(data, "user", str, "a string")
+    if read_field(data, "encoding_format", str, "a string") not in (None, "float", "base64"):
+        raise BadRequest("encoding_format must be float or base64", param="encoding_format")
+    read_field(data, "dimensions", int, "a whole number")
+    known = ROUTER_FIELDS | {"model", "input", "user"}
+    request.extra = {k: v for k, v in data.items() if k not in known and v is not None}
+    return request
+
+
+def _begin(body: Body, headers: Mapping[str, str]) -> Request:
+    model = read_field(body.data, "model", str, "a string", required=True)
+    if not model:
+        raise BadRequest("model must not be empty", param="model")
+    return Request("openai", body, model, router=router_fields(body.data, headers))
+
+
+def _inputs(told: Any) -> list[Any]:
+    """One text or list of token numbers per vector wanted."""
+    inputs = [told] if isinstance(told, str) or _is_tokens(told) else told
+    if not isinstance(inputs, list) or not inputs or not all(isinstance(i, str) or _is_tokens(i) for i in inputs):
+        raise BadRequest("input must be a string, a list of strings, or tokens, and not empty", param="input")
+    return inputs
+
+
+def _is_tokens(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(t) is int for t in value)
 
 
 _NUMBER, _WHOLE = (int, float), int
@@ -95,30 +140,24 @@ _PLAIN: dict[str, tuple[str, Any, str]] = {
     "metadata": ("metadata", dict, "an object"),
     "service_tier": ("service_tier", str, "a string"),
 }
-_EXTRA = frozenset(("logprobs", "top_logprobs", "logit_bias", "modalities", "audio", "prediction", "store", "verbosity",
-                    "web_search_options", "prompt_cache_key", "safety_identifier", "functions", "function_call"))  # fmt: skip
+_KNOWN = ROUTER_FIELDS | frozenset(_PLAIN) | frozenset((
+    "model", "messages", "tools", "tool_choice", "functions", "function_call", "response_format", "reasoning_effort",
+    "reasoning", "stream_options",
+))  # fmt: skip
 
 
-def _field(data: Mapping[str, Any], name: str, types: Any, what: str, *, required: bool = True) -> Any:
-    value = data.get(name)
-    if value is None and not required:
-        return None
-    wrong_bool = isinstance(value, bool) and types is not bool
-    if value is None or wrong_bool or not isinstance(value, types):
-        raise BadRequest(f"{name} {'is required' if value is None else f'must be {what}'}", param=name)
-    return value
-
-
-def _strings(values: list[Any], name: str) -> list[str]:
-    if not all(isinstance(v, str) for v in values):
-        raise BadRequest(f"{name} must be a list of strings", param=name)
-    return values
+def _reasoning(data: Mapping[str, Any]) -> int | None:
+    """Tokens the model may think; OpenRouter's `reasoning` object says it as an effort or as a number."""
+    effort = data.get("reasoning_effort") or dig(data, "reasoning.effort")
+    tokens = dig(data, "reasoning.max_tokens")
+    return EFFORTS.get(effort) if isinstance(effort, str) else tokens if type(tokens) is int else None
 
 
 def _read_messages(data: Mapping[str, Any], request: Request) -> None:
-    messages = _field(data, "messages", list, "a list")
+    messages = read_field(data, "messages", list, "a list", required=True)
     if not messages:
         raise BadRequest("messages must not be empty", param="messages")
+    names: dict[str, str] = {}
     for i, m in enumerate(messages):
         place = f"messages[{i}]"
         if not isinstance(m, dict) or not isinstance(m.get("role"), str):
@@ -126,11 +165,30 @@ def _read_messages(data: Mapping[str, Any], request: Request) -> None:
         read = _ROLES.get(m["role"])
         if read is None:
             raise BadRequest(f"{place}.role: unknown role {m['role'][:40]!r}", param=f"{place}.role")
-        message = read(m, place)
-        if message.role == "system" and not request.messages:
-            request.system += message.content
-        else:
-            request.messages.append(message)
+        _read_message(read(_with_ids(m, i, names), place), request)
+        unsaid = ("name",) if m["role"] != "function" else ()
+        request.dropped += [f"messages.{k}" for k in (*unsaid, "audio") if m.get(k) and f"messages.{k}" not in request.dropped]
+
+
+def _read_message(message: Message, request: Request) -> None:
+    last = request.messages[-1] if request.messages else None
+    if message.role == "system" and last is None:
+        request.system += message.content
+    elif message.role == "tool" and last is not None and last.role == "tool":
+        last.content += message.content
+    else:
+        request.messages.append(message)
+
+
+def _with_ids(m: Mapping[str, Any], index: int, names: dict[str, str]) -> Mapping[str, Any]:
+    """The message with ids for calls and results of the legacy kind, which know each other by name; `names` remembers."""
+    call = m.get("function_call")
+    if isinstance(call, dict):
+        id = names[str(call.get("name"))] = f"call_{index}"
+        return {**m, "tool_calls": [{"id": id, "type": "function", "function": call}]}
+    if m["role"] == "function":
+        return {**m, "tool_call_id": names.get(str(m.get("name")), m.get("name"))}
+    return m
 
 
 def _content(m: Mapping[str, Any], place: str) -> list[Block]:
@@ -146,30 +204,54 @@ def _content(m: Mapping[str, Any], place: str) -> list[Block]:
 
 def _part(part: Any, place: str) -> Block:
     kind = part.get("type") if isinstance(part, dict) else None
-    if kind in ("text", "refusal"):
-        text = part.get(kind)
-        if not isinstance(text, str):
-            raise BadRequest(f"{place}.{kind} must be a string", param=f"{place}.{kind}")
-        return {"type": "text", "text": text, **{k: part[k] for k in ("cache_control",) if k in part}}
-    if kind == "image_url":
-        url = dig(part, "image_url.url") if isinstance(part.get("image_url"), dict) else part.get("image_url")
-        if not isinstance(url, str):
-            raise BadRequest(f"{place}.image_url.url must be a string", param=f"{place}.image_url")
-        detail = dig(part, "image_url.detail")
-        return {**image_block(url), **({"detail": detail} if detail else {})}
-    if kind == "input_audio" and isinstance(part.get("input_audio"), dict):
-        return {"type": "audio", **part["input_audio"]}
-    if kind == "file" and isinstance(part.get("file"), dict):
-        return {"type": "document", **part["file"]}
-    raise BadRequest(f"{place}.type: unknown part", param=place)
+    read = _PARTS.get(kind) if isinstance(kind, str) else None
+    if read is None:
+        raise BadRequest(f"{place}.type: unknown part", param=f"{place}.type")
+    return {**read(part, place), **{k: part[k] for k in ("cache_control",) if part.get(k) is not None}}
+
+
+def _text_part(part: Mapping[str, Any], place: str) -> Block:
+    text = read_field(part, part["type"], str, "a string", required=True, place=place)
+    return {"type": "text", "text": text}
+
+
+def _image_part(part: Mapping[str, Any], place: str) -> Block:
+    told = part.get("image_url")
+    image = {"url": told} if isinstance(told, str) else told if isinstance(told, dict) else {}
+    url = read_field(image, "url", str, "a string", required=True, place=f"{place}.image_url")
+    return {**image_block(url), **({"detail": image["detail"]} if image.get("detail") else {})}
+
+
+def _audio_part(part: Mapping[str, Any], place: str) -> Block:
+    audio = read_field(part, "input_audio", dict, "an object", required=True, place=place)
+    return {"type": "audio", **{k: audio[k] for k in ("data", "format") if k in audio}}
+
+
+def _file_part(part: Mapping[str, Any], place: str) -> Block:
+    return document_block(read_field(part, "file", dict, "an object", required=True, place=place))
+
+
+_PARTS: dict[str, Callable[[Mapping[str, Any], str], Block]] = {
+    "text": _text_part, "refusal": _text_part, "image_url": _image_part, "input_audio": _audio_part, "file": _file_part,
+}  # fmt: skip
 
 
 def image_block(url: str) -> Block:
     """An image by its URL; a base64 data: URL (RFC 2397) is taken apart."""
     head, comma, data = url.partition(",")
     if head.startswith("data:") and head.endswith(";base64") and comma:
-        return {"type": "image", "media_type": head[5:-7] or "image/png", "data": data}
+        return {"type": "image", "media_type": head[5:-7].partition(";")[0] or "image/png", "data": data}
     return {"type": "image", "url": url}
+
+
+def document_block(file: Mapping[str, Any]) -> Block:
+    """A file as a document: by its bytes (media_type, data), its URL or the id under which its vendor keeps it."""
+    block: Block = {"type": "document", **{k: file[k] for k in ("file_id", "url") if isinstance(file.get(k), str)}}
+    if isinstance(data := file.get("file_data"), str):
+        found = image_block(data)
+        kind = "text/plain" if str(file.get("filename")).endswith((".txt", ".md")) else "application/pdf"
+        block |= {"media_type": found.get("media_type", kind), "data": found.get("data", data)}
+    return {**block, **({"title": file["filename"]} if isinstance(file.get("filename"), str) else {})}
 
 
 def _system(m: Mapping[str, Any], place: str) -> Message:
@@ -181,23 +263,25 @@ def _user(m: Mapping[str, Any], place: str) -> Message:
 
 
 def _assistant(m: Mapping[str, Any], place: str) -> Message:
-    thought = m.get("reasoning_content")
+    thought = m.get("reasoning_content") or m.get("reasoning")
     blocks: list[Block] = [{"type": "thinking", "thinking": thought}] if isinstance(thought, str) and thought else []
     blocks += _content(m, place)
     if isinstance(m.get("refusal"), str):
         blocks.append({"type": "text", "text": m["refusal"]})
-    calls = m.get("tool_calls") or []
-    if not isinstance(calls, list):
-        raise BadRequest(f"{place}.tool_calls must be a list", param=f"{place}.tool_calls")
+    calls = read_field(m, "tool_calls", list, "a list", place=place) or []
     blocks += [_tool_use(c, f"{place}.tool_calls[{i}]") for i, c in enumerate(calls)]
     return Message("assistant", blocks)
 
 
 def _tool_use(call: Any, place: str) -> Block:
+    id = str(dig(call, "id") or place)
+    name, text = dig(call, "custom.name"), dig(call, "custom.input")
+    if isinstance(name, str) and isinstance(text, str):
+        return {"type": "tool_use", "id": id, "name": name, "input": {"input": text}}
     name, arguments = dig(call, "function.name"), dig(call, "function.arguments")
     if not isinstance(name, str) or not isinstance(arguments, (str, type(None))):
         raise BadRequest(f"{place} must be a function call with name and arguments", param=place)
-    return tool_use_block(str(call.get("id") or ""), name, arguments or "")
+    return tool_use_block(id, name, arguments or "")
 
 
 def tool_use_block(id: str, name: str, arguments: str) -> Block:
@@ -208,11 +292,9 @@ def tool_use_block(id: str, name: str, arguments: str) -> Block:
 
 
 def _tool_result(m: Mapping[str, Any], place: str) -> Message:
-    id = m.get("tool_call_id") or m.get("name")
-    if not isinstance(id, str):
-        raise BadRequest(f"{place}.tool_call_id must be a string", param=f"{place}.tool_call_id")
-    blocks = _content(m, place)
-    plain = blocks[0]["text"] if len(blocks) == 1 and isinstance(m.get("content"), str) else blocks
+    id = read_field(m, "tool_call_id", str, "a string", required=True, place=place)
+    content = m.get("content")
+    plain = content if isinstance(content, str) else _content(m, place) or ""
     return Message("tool", [{"type": "tool_result", "tool_use_id": id, "content": plain}])
 
 
@@ -222,25 +304,49 @@ _ROLES: dict[str, Callable[[Mapping[str, Any], str], Message]] = {
 }  # fmt: skip
 
 
-def _tool(tool: Any, index: int) -> Tool:
-    place = f"tools[{index}]"
+def _tool(tool: Any, place: str) -> Tool:
     if not isinstance(tool, dict):
         raise BadRequest(f"{place} must be an object", param=place)
-    if tool.get("type", "function") != "function":
-        return Tool(str(dig(tool, f"{tool['type']}.name") or tool["type"]), extra=dict(tool))
-    f = tool.get("function")
-    if not isinstance(f, dict) or not isinstance(f.get("name"), str):
-        raise BadRequest(f"{place}.function.name is required", param=f"{place}.function.name")
-    parameters, known = f.get("parameters") or {}, ("name", "description", "parameters")
-    if not isinstance(parameters, dict):
-        raise BadRequest(f"{place}.function.parameters must be an object", param=f"{place}.function.parameters")
-    return Tool(f["name"], f.get("description"), parameters, {k: v for k, v in f.items() if k not in known})
+    kind = tool.get("type", "function")
+    if kind == "function":
+        return _function(tool.get("function"), f"{place}.function", {})
+    if kind == "custom":
+        return _custom(read_field(tool, "custom", dict, "an object", required=True, place=place), f"{place}.custom")
+    return Tool(str(kind), extra=dict(tool))
+
+
+def _function(told: Any, place: str, extra: dict[str, Any]) -> Tool:
+    function = told if isinstance(told, dict) else {}
+    name = read_field(function, "name", str, "a string", required=True, place=place)
+    described = read_field(function, "description", str, "a string", place=place)
+    parameters = read_field(function, "parameters", dict, "an object", place=place) or {}
+    more = {k: v for k, v in function.items() if k not in ("name", "description", "parameters", "type") and v is not None}
+    return Tool(name, described, parameters, {**more, **extra})
+
+
+def _custom(custom: dict[str, Any], place: str) -> Tool:
+    """A tool that takes free text: elsewhere a function with one string, and its grammar is told in words."""
+    grammar = dig(custom, "format.grammar.definition")
+    told = [custom.get("description"), f"The input follows this grammar:\n{grammar}" if grammar else None]
+    schema = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+    described = {"name": custom.get("name"), "description": "\n\n".join(t for t in told if t) or None, "parameters": schema}
+    return _function(described, place, {"custom": custom})
+
+
+def _read_choice(data: Mapping[str, Any], request: Request) -> None:
+    """How tools are chosen; where only some are allowed, the others are as if they had not been given."""
+    choice = data.get("tool_choice", data.get("function_call"))
+    allowed = dig(choice, "allowed_tools.tools")
+    if isinstance(allowed, list):
+        names = [dig(t, "function.name") or dig(t, "custom.name") for t in allowed]
+        request.tools = [t for t in request.tools if t.name in names]
+    request.tool_choice = _tool_choice(choice)
 
 
 def _tool_choice(choice: Any) -> str | None:
     if choice is None or choice in ("auto", "none", "required"):
         return choice  # type: ignore[no-any-return]
-    name = dig(choice, "function.name")
+    name = dig(choice, "function.name") or dig(choice, "custom.name") or dig(choice, "name")
     if isinstance(name, str):
         return f"tool:{name}"
     mode = dig(choice, "allowed_tools.mode")
@@ -255,15 +361,9 @@ def _response_format(form: Any) -> dict[str, Any] | None:
         return None
     if kind == "json_object":
         return {"type": "json_object"}
-    schema = dig(form, "json_schema.schema")
-    if kind == "json_schema" and isinstance(schema, dict):
-        told = form["json_schema"]
-        return {
-            "type": "json_schema",
-            "name": told.get("name") or "answer",
-            "schema": schema,
-            "strict": told.get("strict"),
-        }
+    told = dig(form, "json_schema")
+    if kind == "json_schema" and isinstance(dig(told, "schema"), dict):
+        return {"type": kind, "name": told.get("name") or "answer", "schema": told["schema"], "strict": told.get("strict")}
     raise BadRequest("response_format must be text, json_object or json_schema with a schema", param="response_format")
 
 

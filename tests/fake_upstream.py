@@ -2,7 +2,7 @@
 
 http.server hides half of the faults a router must survive, so this one speaks raw sockets: a `Script` is a row of
 steps, each of them one thing done to the connection (send these bytes, wait, reset). Scripts are added with `+`. Each
-request takes the next script of the queue, else the default. A connection lives on as HTTP/1.1 says unless a step
+POST takes the next script of the queue, else the default. A connection lives on as HTTP/1.1 says unless a step
 ended it, and the time at which the other side closed it is kept with the request that was running.
 """
 
@@ -333,7 +333,7 @@ class FakeUpstream:
         self._thread.start()
 
     def script(self, *scripts: Script | Callable[[Received], Script]) -> None:
-        """What the next requests get, one script each."""
+        """What the next POSTs get, one script each; a GET (a look at the models) never takes one."""
         self._queue.extend(scripts)
 
     def wait_for(self, count: int, seconds: float = 10.0) -> list[Received]:
@@ -390,7 +390,8 @@ class FakeUpstream:
                 last.close_seen()
 
     def _answer(self, received: Received, wire: Wire) -> None:
-        script = self._queue.popleft() if self._queue else self.default
+        scripted = self._queue and received.method == "POST"
+        script = self._queue.popleft() if scripted else self.default
         with self._arrived:
             self.requests.append(received)
             self._arrived.notify_all()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -75,10 +76,12 @@ def until(condition: Callable[[], T], seconds: float = 10.0, what: str = "") -> 
 
 
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
+    """A port nobody listens on, from below the range the system takes its own from: those are given away at any moment."""
+    while True:
+        port = random.randrange(10000, 32000)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 def chat_body(text: str = "hi", **more: Any) -> dict[str, Any]:
@@ -98,12 +101,22 @@ class Answer:
 
     @property
     def error(self) -> dict[str, Any]:
-        """The error object, once it has been seen to be OpenAI's shape and ours."""
+        """The error object, once it has been seen to be OpenAI's shape and the router's own."""
+        assert self.any_error["src"] == "router", self
+        return self.any_error
+
+    @property
+    def upstream_error(self) -> dict[str, Any]:
+        """The same for one that the upstream worded: it must not claim to be ours."""
+        assert "src" not in self.any_error, self
+        return self.any_error
+
+    @property
+    def any_error(self) -> dict[str, Any]:
         assert self.headers["content-type"].startswith("application/json"), self
         assert b"Traceback" not in self.body
         error: dict[str, Any] = self.json()["error"]
         assert {"message", "type", "param", "code"} <= error.keys(), error
-        assert error["src"] == "router", error
         return error
 
 
@@ -219,9 +232,13 @@ class RouterProcess:
         if self.child.poll() is not None:
             return "dead"
         with contextlib.suppress(OSError):
-            if self.get("/health", timeout=2).status == 200:
+            if self.get("/health", timeout=2).status == 200 and self._is_mine():
                 return "up"
         return ""
+
+    def _is_mine(self) -> bool:
+        """Whether it is this process that listens there, and not somebody who was quicker."""
+        return bool(self.socket_path) or "LISTEN" in self.sockets()
 
     def signal(self, number: int) -> None:
         assert self.child

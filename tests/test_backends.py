@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ import pytest
 import urllib3
 from backends import Backend, Collector, Jaeger, Mlflow, MockOtlp, Span, collector, jaeger, mlflow, mockotlp, need, nginx
 from backends import otlp as reader
+from backends.process import until
 
 ALL: list[type[Backend]] = [collector, jaeger, mockotlp, mlflow]
 # One MLflow serves all its tests in one worker: it takes five seconds and half a gigabyte to start.
@@ -94,9 +96,7 @@ def a_span(trace_id: str, name: str = "request", parent: str | None = None, **fi
 
 def an_export(*spans: dict[str, Any], service: str = "router") -> dict[str, Any]:
     resource = {"attributes": [{"key": "service.name", "value": {"stringValue": service}}]}
-    return {
-        "resourceSpans": [{"resource": resource, "scopeSpans": [{"scope": {"name": "test"}, "spans": list(spans)}]}]
-    }
+    return {"resourceSpans": [{"resource": resource, "scopeSpans": [{"scope": {"name": "test"}, "spans": list(spans)}]}]}
 
 
 def post(to: Backend, export: Any, signal: str = "traces", **headers: str) -> urllib3.BaseHTTPResponse:
@@ -334,6 +334,7 @@ def test_nginx_stands_in_front_of_a_collector_as_a_gateway(the_collector: Collec
         assert send("/otlp/v1/traces", Authorization=basic) == 403
         assert send("/otlp/v1/traces", X_Axiom_Dataset="llm") == 401
         assert send("/otlp/v1/traces", X_Axiom_Dataset="llm", Authorization=basic) == 200
+        until(lambda: len(gateway.access_log()) == 5, 5, gateway.log_text)
     assert [line.split('"')[2].split()[0] for line in gateway.access_log()] == ["404", "302", "403", "401", "200"]
     assert len(spans_of(the_collector, trace_id)) == 1
 
@@ -349,6 +350,14 @@ def test_a_collector_that_was_stopped_comes_back_where_it_was_with_what_it_had(t
     post(the_collector, an_export(a_span(second)))
     spans_of(the_collector, second)
     assert [span["trace_id"] for span in the_collector.spans()] == [first, second]
+
+
+def test_what_the_collector_accepted_outlives_a_kill(the_collector: Collector) -> None:
+    trace_ids = [an_id(16) for _ in range(20)]
+    for trace_id in trace_ids:
+        post(the_collector, an_export(a_span(trace_id)))
+    os.killpg(the_collector.pid, signal.SIGKILL)
+    assert [span["trace_id"] for span in the_collector.spans()] == trace_ids
 
 
 def test_a_paused_collector_hangs_until_it_is_resumed(the_collector: Collector) -> None:
@@ -385,9 +394,7 @@ def test_a_backend_that_cannot_start_says_what_it_printed(tmp_path: Path) -> Non
         pytest.fail("it was entered")
 
 
-def test_a_backend_that_is_not_installed_says_what_would_install_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_backend_that_is_not_installed_says_what_would_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BACKENDS_DIR", str(tmp_path))
     reasons = [kind.available() for kind in ALL]
     assert reasons == [f"{kind.name} is not installed (tests/backends/install.sh)" for kind in ALL]

@@ -60,7 +60,9 @@ def test_every_attribute_of_the_capture_is_there_but_for_those_we_cannot_know() 
 
 
 def test_every_attribute_has_the_captures_type_and_value() -> None:
-    for theirs, ours in zip(spans(capture("openrouter-generation.capture.json")), spans(encode(RECORD, privacy=False)), strict=True):
+    for theirs, ours in zip(
+        spans(capture("openrouter-generation.capture.json")), spans(encode(RECORD, privacy=False)), strict=True
+    ):
         have = {pair["key"]: pair["value"] for pair in ours["attributes"]}
         for pair in theirs["attributes"]:
             if pair["key"] in LACKING:
@@ -381,7 +383,11 @@ def test_a_failed_request_is_an_error_with_one_exception_event_and_its_message()
     assert attributes(made["events"][0]) == {"exception.type": "Error", "exception.message": "upstream said no"}
     assert made["events"][0]["timeUnixNano"] == made["endTimeUnixNano"]
     have = attributes(made)
-    assert (have["span.level"], have["span.status_message"], have["error.type"]) == ("ERROR", "upstream said no", "upstream_error")
+    assert (have["span.level"], have["span.status_message"], have["error.type"]) == (
+        "ERROR",
+        "upstream said no",
+        "upstream_error",
+    )
     assert not [key for key in have if "finish_reason" in key or "cost" in key]
 
 
@@ -405,7 +411,14 @@ def test_nothing_is_said_of_tokens_nobody_counted() -> None:
 
 
 def test_a_failover_shows_each_attempt_in_its_time() -> None:
-    first = ATTEMPT | {"provider": "One", "start_ms": 0.0, "duration_ms": 40.0, "status": 503, "error": "busy", "headers_ms": 30.0}
+    first = ATTEMPT | {
+        "provider": "One",
+        "start_ms": 0.0,
+        "duration_ms": 40.0,
+        "status": 503,
+        "error": "busy",
+        "headers_ms": 30.0,
+    }
     made = encode(record(attempts=[first | {"error_type": "upstream_error"}, ATTEMPT]), privacy=False)
     one, two = by_name(made, "provider attempt 1: One"), by_name(made, "provider attempt 2: Amazon Bedrock")
     assert one["status"] == {"code": 2, "message": "busy"}
@@ -524,17 +537,22 @@ def test_what_is_sent_is_strict_otlp_json(make: Any, privacy: bool) -> None:
 
 odd_text = st.text(st.characters(exclude_categories=()), max_size=30)
 scalars = st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | odd_text
-anything = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(odd_text, inner, max_size=4), max_leaves=12)
+anything = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(odd_text, inner, max_size=4), max_leaves=12
+)
 names = st.sampled_from(["trace_id", "trace_name", "span_name", "generation_name", "parent_span_id", "environment"])
 traces = st.dictionaries(names | odd_text, anything, max_size=8)
-blocks = st.fixed_dictionaries({"type": st.sampled_from(["text", "image", "tool_use", "tool_result", "thinking", "odd"])}).flatmap(
+blocks = st.fixed_dictionaries(
+    {"type": st.sampled_from(["text", "image", "tool_use", "tool_result", "thinking", "odd"])}
+).flatmap(
     lambda base: st.dictionaries(st.sampled_from(["text", "url", "data", "input", "content", "id"]), anything, max_size=4).map(
         lambda more: base | more
     )
 )
 messages = st.lists(st.fixed_dictionaries({"role": odd_text, "content": st.lists(blocks, max_size=3)}), max_size=3)
 requests = st.dictionaries(
-    st.sampled_from(["temperature", "max_tokens", "n", "seed", "stop", "response_format", "reasoning", "reasoning_effort"]) | odd_text,
+    st.sampled_from(["temperature", "max_tokens", "n", "seed", "stop", "response_format", "reasoning", "reasoning_effort"])
+    | odd_text,
     anything,
     max_size=6,
 )
@@ -542,7 +560,9 @@ outcomes = st.sampled_from(["ok", "error", "cancelled", "timeout", "rejected"])
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-@given(trace=traces, said=messages, request=requests, user=odd_text, system=st.none() | odd_text, outcome=outcomes, error=odd_text)
+@given(
+    trace=traces, said=messages, request=requests, user=odd_text, system=st.none() | odd_text, outcome=outcomes, error=odd_text
+)
 def test_whatever_a_client_sends_is_strict_otlp_json(
     trace: Any, said: Any, request: Any, user: str, system: Any, outcome: str, error: str
 ) -> None:

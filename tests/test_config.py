@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import RouterFactory
 from fake_upstream import FakeUpstream
-from router_process import CONFIG, INBOUND_KEY, PROVIDER, PROVIDER_KEY, ROOT, RULES, RouterProcess, filled, until
+from router_process import CONFIG, INBOUND_KEY, PROVIDER, PROVIDER_KEY, ROOT, RULES, RouterProcess, filled, free_port, until
 
 SECRET = {
     "SECRET_KEY": PROVIDER_KEY,
@@ -112,7 +112,7 @@ REFUSED = {
         ["config.toml.providers[1]", "a"],
     ),
     "no providers": ("providers", "", ["config.toml.providers"]),
-    "no provider with its key": ("provider", 'api_key_env = "MISSING"', ["MISSING"]),
+    "no provider with its key": ("provider", 'api_key_env = "MISSING"', ["config.toml.providers"]),
     "a key with a line break": ("provider", 'api_key_env = "SPLIT"', ["config.toml.providers[0]", "SPLIT"]),
     "a key no header can carry": ("provider", 'api_key_env = "CYRILLIC"', ["config.toml.providers[0]", "CYRILLIC"]),
     "a header with a line break": (
@@ -166,36 +166,30 @@ def test_it_refuses_to_start_with(router: RouterFactory, case: str) -> None:
     place, text, expected = REFUSED[case]
     template = "telemetry = 5\n" + CONFIG if case == "a value for a section" else CONFIG
     process = router(template, environment=SECRET, start=False, **{place: text})
-    process.port = free()
+    process.port = free_port()
     process.write_config()
     said = refused(process)
     for piece in expected:
         assert piece in said
 
 
-def free() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 @pytest.mark.parametrize("content", [b"[server\n", b"port = = 1", b"\xff\xfe\x00", b"[server]\nport = 1\nport = 2\n", b"a\x00b"])
 def test_it_refuses_what_is_not_toml_and_says_where(router: RouterFactory, content: bytes) -> None:
     process = router(start=False)
-    process.port = free()
+    process.port = free_port()
     process.config.write_bytes(content)
     assert "config.toml" in refused(process)
 
 
 def test_it_refuses_a_file_that_is_not_there(router: RouterFactory) -> None:
     process = router(start=False)
-    process.port = free()
+    process.port = free_port()
     assert "config.toml" in refused(process)
 
 
 def test_a_folder_is_not_a_configuration(router: RouterFactory) -> None:
     process = router(start=False)
-    process.port = free()
+    process.port = free_port()
     process.config.mkdir()
     assert "config.toml" in refused(process)
 
@@ -203,7 +197,7 @@ def test_a_folder_is_not_a_configuration(router: RouterFactory) -> None:
 def test_a_byte_order_mark_is_no_surprise(router: RouterFactory) -> None:
     """Windows editors write one: it is taken, or refused like any other mistake."""
     process = router(start=False)
-    process.port = free()
+    process.port = free_port()
     process.write_config()
     process.config.write_bytes(b"\xef\xbb\xbf" + process.config.read_bytes())
     process.launch()
@@ -274,7 +268,7 @@ def run(*arguments: str, folder: Path, environment: dict[str, str] | None = None
 
 def written(folder: Path, text: str = CONFIG, **values: str) -> str:
     place = folder / "config.toml"
-    defaults = {"port": str(free()), "log": str(folder / "log.jsonl"), "upstream": "http://127.0.0.1:9", "tmp": "x"}
+    defaults = {"port": str(free_port()), "log": str(folder / "log.jsonl"), "upstream": "http://127.0.0.1:9", "tmp": "x"}
     place.write_text(filled(text, {**defaults, "providers": PROVIDER, "rules": RULES, **values}), "utf-8")
     return str(place)
 

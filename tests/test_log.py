@@ -90,14 +90,14 @@ def test_without_content_nothing_that_was_said_is_logged(router: RouterFactory, 
         assert (record["system"], record["messages"], record["response"]["content"]) == (None, [], "")
         assert record["response"]["usage"]["output_tokens"] > 0
     assert (whole["user"], whole["trace"]) == ("u-1", {"kept": 1})
-    assert [(call["name"], call["arguments"]) for call in whole["response"]["tool_calls"]] == [("weather", "")]
+    assert [(call["name"], call.get("arguments", "")) for call in whole["response"]["tool_calls"]] == [("weather", "")]
 
 
 def test_without_content_errors_do_not_repeat_the_prompt(router: RouterFactory, upstream: FakeUpstream) -> None:
     process = router(logging="content = false")
     echoed = {"error": {"message": f"cannot parse {SECRET_PROMPT}", "type": "x", "param": None, "code": None}}
     upstream.script(json_answer(echoed, 400), json_answer(echoed, 500))
-    assert SECRET_PROMPT in process.chat(SECRET_PROMPT).error["message"], "to the client who sent it"
+    assert SECRET_PROMPT in process.chat(SECRET_PROMPT).upstream_error["message"], "to the client who sent it"
     process.chat(SECRET_PROMPT)
     process.settled(2)
     assert SECRET_PROMPT.encode() not in process.log.read_bytes()
@@ -186,7 +186,7 @@ def broken_log(process: RouterProcess, requests: int) -> dict[str, Any]:
     until(lambda: process.stats()["log"]["dropped"] == requests, 5, "every lost line is counted")
     stats = process.stats()
     assert stats["requests"]["ok"] == requests
-    warnings = [line for line in process.errors().splitlines() if "log" in line.lower()]
+    warnings = [line for line in process.errors().splitlines() if "WARNING" in line]
     assert len(warnings) == 1, "one warning a minute"
     return stats
 

@@ -101,6 +101,10 @@ class LlamaServer:
     def log(self) -> str:
         return self._log.read_text(errors="replace")
 
+    def kill(self) -> None:
+        """As if it had crashed."""
+        self._child.kill()
+
     def close(self) -> None:
         assert self._child.stdin
         assert self._child.stdout

@@ -133,7 +133,8 @@ class Collector(_Received):
             },
             "receivers": {"otlp": {"protocols": {"http": http}}},
             "exporters": {
-                "file": {"path": str(self._file()), "append": True, "flush_interval": "20ms"},
+                # With rotation (never reached) nothing is buffered: what was answered 200 is in the file, come what may.
+                "file": {"path": str(self._file()), "rotation": {"max_megabytes": 100_000}},
                 "debug": {"verbosity": "basic"},
             },
             "service": {
@@ -167,7 +168,7 @@ class MockOtlp(_Received):
         return ["node", str(Path(__file__).with_name("mockotlp.js")), str(self.ports[0])]
 
     def environment(self) -> dict[str, str]:
-        return {**os.environ, "NODE_PATH": str(installed() / "npm" / "node_modules")}
+        return {**super().environment(), "NODE_PATH": str(installed() / "npm" / "node_modules")}
 
     def exports(self) -> list[Json]:
         return [line["export"] for line in self._parsed() if "export" in line]
@@ -280,7 +281,7 @@ class Mlflow(Backend):
 
     def environment(self) -> dict[str, str]:
         # The job runner is seven more processes and a gigabyte; usage reports have nowhere to go from a test.
-        return {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        return {**super().environment(), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
     def ready(self) -> bool:
         return answers(f"{self.endpoint}/health")

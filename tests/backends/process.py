@@ -121,6 +121,7 @@ class Backend(ABC):
     def pause(self) -> None:
         """A backend that hangs: the kernel still accepts connections, nobody answers them."""
         self._signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED)  # the signal returns before the last thread stands still
 
     def resume(self) -> None:
         self._signal(signal.SIGCONT)
@@ -130,7 +131,7 @@ class Backend(ABC):
         """The command line, whose configuration is written into the directory here, now that the ports are known."""
 
     def environment(self) -> dict[str, str]:
-        return dict(os.environ)
+        return {**os.environ, "TMPDIR": str(self.directory)}
 
     def ready(self) -> bool:
         """Whether it can be used; asked again and again after the start."""
