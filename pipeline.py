@@ -1053,9 +1053,9 @@ def explain(plan: Plan, request: Request) -> dict[str, Any]:
     tags, forced_by, given = decide(plan, request, parts)
     rules = [_explained(plan.rules[i], i, verdict) for i, (_, verdict) in enumerate(plan.walk(request.model, request, tags))]
     chosen: dict[str, dict[str, str]] = {}
-    for label, _, c in plan.chain(request, tags, forced_by) if given is None else ():
+    for _, _, c in plan.chain(request, tags, forced_by) if given is None else ():
         if c.skipped is None:
-            chosen.setdefault(c.lane.name, {"provider": c.lane.name, "model": c.model, "rule": label})
+            chosen.setdefault(c.lane.name, {"provider": c.lane.name, "model": c.model})
     return {"tags": tags, "rules": rules, "chosen": list(chosen.values())}
 
 
@@ -1276,6 +1276,34 @@ def ask(lane: Lane, call: Call, watch: providers.Watch) -> dict[str, Any]:
         return body
     finally:
         reply.close()
+
+
+def examine(lane: Lane) -> tuple[bool, str]:
+    """Is this provider reachable, is our key accepted, does it serve the models we name? (ok, the finding with its cure)."""
+    language = lane.upstream.language
+    if not hasattr(language, "models_call"):
+        return True, "nothing to connect to" if lane.upstream.address is None else "cannot be asked without sending a prompt"
+    try:
+        served = language.parse_models(ask(lane, language.models_call(), Patience(10.0)))
+    except (RequestError, ClientGone) as e:
+        return False, _cure(lane, e)
+    except providers.SHAPE_ERRORS:
+        return False, "its list of models has another shape: is `format` right?"
+    missing = [m for m in lane.provider.models if m != "*" and m not in served]
+    if missing:
+        return False, f"reachable, but it does not list {', '.join(missing)}; it lists {', '.join(served[:8]) or 'nothing'}"
+    return True, f"reachable, lists {len(served)} models"
+
+
+def _cure(lane: Lane, error: RequestError | ClientGone) -> str:
+    cures = {
+        "provider_auth_error": f"the key in {lane.provider.api_key_env or '(api_key_env is not set)'} is not accepted",
+        "connection_refused": f"nothing answers at {lane.provider.base_url}: is it running, is the address right?",
+        "connect_timeout": f"no connection to {lane.provider.base_url}: a firewall, or the wrong address?",
+        "unexpected_redirect": "it redirects: base_url must be the address it redirects to",
+        "upstream_404": f"{lane.provider.base_url} answers, but not at this path: base_url should probably end in /v1",
+    }
+    return f"{error}; {cures.get(error.code, 'look at its own log')}"
 
 
 def discover(lane: Lane, watch: providers.Watch) -> str | None:

@@ -572,11 +572,10 @@ class App:
     def _run(self, environ: dict[str, Any], path: str, key_name: str | None) -> Response | pipeline.Run:
         headers = {h: v for h, e in _PASSED_HEADERS.items() if (v := _header(environ, e)) is not None}
         try:
-            request = self._llm[path](providers.Body(self._body(environ)), headers)
+            request = self.hear(path, self._body(environ), headers)
         except BadRequest:
             self.refused["bad_request"] += 1
             raise
-        request.headers = headers
         if self.draining:
             raise Refused("the router is shutting down", status=503, kind="overloaded", code="shutdown", reason="shutdown")
         if path == "/v1/route":
@@ -594,6 +593,12 @@ class App:
         if request.stream:
             return run
         return Response(200, run.whole, headers=run.headers(), close=run.close)
+
+    def hear(self, path: str, body: bytes, headers: Mapping[str, str] = types.MappingProxyType({})) -> providers.Request:
+        """The request in a body sent to this path. Raises BadRequest naming the field that cannot be."""
+        request = self._llm[path](providers.Body(body), headers)
+        request.headers = dict(headers)
+        return request
 
     def _body(self, environ: Mapping[str, Any]) -> bytes:
         limit = self.config.server.max_body_bytes
@@ -817,7 +822,9 @@ def _lanes(config: Config, environ: Mapping[str, str], old: pipeline.Plan | None
         if provider.api_key_env:
             key = _key(f"providers[{i}].api_key_env", provider.api_key_env, environ)
             if key is None:
-                missing.append(f"provider {provider.name} is left out: the environment variable {provider.api_key_env} is not set")
+                missing.append(
+                    f"provider {provider.name} is left out: the environment variable {provider.api_key_env} is not set"
+                )
                 continue
         for name, value in provider.headers.items():
             if re.search("auth|key|token|secret|cookie", name.lower()):
@@ -1110,13 +1117,13 @@ class _Scrubbed(logging.Formatter):
         return telemetry.scrub(super().format(record))
 
 
-def start_logging() -> None:
+def start_logging(level: int = logging.INFO) -> None:
     """Send the program's own log lines to stderr. logging's habit of printing a record it failed to write is turned off:
     it would print what was scrubbed."""
     logging.raiseExceptions = False
     handler = logging.StreamHandler()
     handler.setFormatter(_Scrubbed("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.basicConfig(level=level, handlers=[handler])
     logging.getLogger("waitress").setLevel(logging.ERROR)  # it reports every client that leaves; the records tell that
     logging.getLogger("urllib3").setLevel(logging.ERROR)
 
@@ -1146,16 +1153,92 @@ def serve(args: Any) -> int:
 def check(args: Any) -> int:
     """Read and check the configuration, keys included, and start nothing."""
     start_logging()
-    config = load(args.config)
-    app = App(dataclasses.replace(config, logging=Logging()), source=Path(args.config).name)
+    app = _idle_app(args.config)
     app.close()
-    print(f"{args.config}: ok, {len(app.pipeline.plan.lanes)} of {len(config.providers)} providers, {len(config.routers)} rules")
+    serving, known = len(app.pipeline.plan.lanes), len(app.config.providers)
+    print(f"{args.config}: ok, {serving} of {known} providers, {len(app.config.routers)} rules")
     return 0
 
 
-COMMANDS: dict[str, tuple[Callable[[Any], int], str]] = {
-    "serve": (serve, "run the router (the default)"),
-    "check": (check, "check the configuration and start nothing"),
+def route(args: Any) -> int:
+    """Show who would answer a prompt, and why; nothing is sent."""
+    start_logging(logging.WARNING)
+    app = _idle_app(args.config)
+    try:
+        for lane in app.pipeline.plan.lanes.values():
+            if lane.discoverable:
+                pipeline.discover(lane, pipeline.Patience(3.0))
+        asked = {"model": args.model, "messages": [{"role": "user", "content": args.prompt}]}
+        request = app.hear("/v1/route", providers.dumps(asked).encode())
+        told = pipeline.explain(app.pipeline.plan, request)
+    except RequestError as e:
+        print(e)
+        return 1
+    finally:
+        app.close()
+    print("\n".join(_explanation(told)))
+    return 0 if told["chosen"] else 1
+
+
+def _explanation(told: Mapping[str, Any]) -> Iterator[str]:
+    """The dry run as lines for a terminal."""
+    yield f"tags: {', '.join(told['tags']) or 'none'}"
+    for rule in told["rules"]:
+        yield (
+            f"{'yes' if rule['matched'] else 'no ':3} {rule['index']}:{rule['type']} {rule['name']}".rstrip()
+            + f": {rule['reason']}"
+        )
+        for c in rule["candidates"]:
+            value = "" if c["value"] is None else f" ({c['value']:g})"
+            yield f"      {c['provider']} -> {c['model']}{value}{', skipped: ' + c['skipped'] if c['skipped'] else ''}"
+    order = [f"{c['provider']} ({c['model']})" for c in told["chosen"]]
+    yield f"asked in this order: {', then '.join(order)}" if order else "nobody would be asked: no rule yields a candidate"
+
+
+def doctor(args: Any) -> int:
+    """Try everything the configuration connects to; say what is wrong and what cures it."""
+    start_logging(logging.WARNING)
+    app = _idle_app(args.config)
+    findings = [(f"provider {name}", *pipeline.examine(lane)) for name, lane in app.pipeline.plan.lanes.items()]
+    out = [p.name for p in app.config.providers if p.name not in app.pipeline.plan.lanes]
+    findings += [(f"provider {name}", False, "left out: the variable that api_key_env names is not set") for name in out]
+    app.close()
+    width = max(len(what) for what, _, _ in findings)
+    for what, ok, text in findings:
+        print(f"{_coloured('ok  ', '32') if ok else _coloured('FAIL', '31')} {what:{width}}  {telemetry.scrub(text)}")
+    return 0 if all(ok for _, ok, _ in findings) else 1
+
+
+def _coloured(text: str, colour: str) -> str:
+    return f"\x1b[{colour}m{text}\x1b[0m" if sys.stdout.isatty() and "NO_COLOR" not in os.environ else text
+
+
+def _idle_app(path: str) -> App:
+    """The application of a configuration, with nothing running beside it."""
+    config = dataclasses.replace(load(path), logging=Logging())
+    return App(config, source=Path(path).name)
+
+
+CONFIG = (("config",), {"nargs": "?", "default": "config.toml", "help": "the configuration file (default: config.toml)"})
+COMMANDS: dict[str, tuple[Callable[[Any], int], str, tuple[tuple[tuple[str, ...], dict[str, Any]], ...]]] = {
+    "serve": (serve, "run the router (the default)", (CONFIG,)),
+    "check": (check, "check the configuration and start nothing", (CONFIG,)),
+    "doctor": (doctor, "try everything the configuration connects to: causes and cures", (CONFIG,)),
+    "route": (
+        route,
+        "show who would answer a prompt, and why; nothing is sent",
+        (
+            (
+                ("words",),
+                {
+                    "nargs": "+",
+                    "metavar": "[config] prompt",
+                    "help": "the prompt, after the configuration file if it is not config.toml",
+                },
+            ),
+            (("-m", "--model"), {"required": True, "help": "the model a client would ask for"}),
+        ),
+    ),
 }
 
 
@@ -1171,10 +1254,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, (_, text) in COMMANDS.items():
+    for name, (_, text, arguments) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("config", nargs="?", default="config.toml", help="the configuration file (default: config.toml)")
-    args = parser.parse_args(words)
+        for names, options in arguments:
+            command.add_argument(*names, **options)
+    args, more = parser.parse_known_args(words)
+    if args.command == "route":
+        args.words += more  # argparse takes the words before -m only
+        *config, args.prompt = args.words
+        args.config = config[0] if config else "config.toml"
+    if (args.command != "route" and more) or len(getattr(args, "words", ())) > 2:
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
     try:
         return COMMANDS[args.command][0](args)
     except ConfigError as e:

@@ -46,7 +46,7 @@ _known: re.Pattern[str] | None = None
 # What a key looks like although nobody registered it: credentials of an Authorization header, keys in a query, vendors'
 # prefixes. "basic" is also a word, so what follows it must not look like one.
 _shapes = re.compile(
-    r"(?P<keep>\b(?i:bearer)\s+|[?&][\w-]*(?i:key|token|secret)=)[^\s&\"',}\]]+"
+    r"(?P<keep>\b(?i:bearer)\s+|[?&][\w-]*(?i:key|token|secret)=)(?!\[redacted\])[^\s&\"',}\]]+"
     r"|(?P<basic>\b(?i:basic)\s+)(?=[a-z]*[0-9A-Z+/=])[\w+/]{8,}={0,2}"
     r"|\b(?i:sk|pk|rk|gsk|glc|glsa|hf|ghp|xai|xaat|xoxb|AIza)[-_][\w-]{8,}"
 )
@@ -187,7 +187,13 @@ class Trace:
     __slots__ = ("flags", "parent_span_id", "sampled", "span_id", "trace_id", "tracestate")
 
     def __init__(
-        self, trace_id: str, parent_span_id: str | None = None, *, sampled: bool, random: bool = True, tracestate: str | None = None
+        self,
+        trace_id: str,
+        parent_span_id: str | None = None,
+        *,
+        sampled: bool,
+        random: bool = True,
+        tracestate: str | None = None,
     ) -> None:
         self.trace_id = trace_id
         self.span_id = os.urandom(8).hex()
@@ -435,10 +441,8 @@ def _clean(attributes: Mapping[str, Any]) -> dict[str, Any]:
             continue
         kind = type(value)
         if kind is str:
-            if len(value) <= 256:
-                value = _short(value)
-            elif name not in _CONTENT:
-                value = _text(value)
+            if name not in _CONTENT:  # made of texts that were seen to one by one
+                value = _short(value) if len(value) <= 256 else _text(value)
         elif kind is list:
             value = [_text(str(v), 256) for v in value[:128]]
         clean[name] = value
@@ -517,9 +521,7 @@ def _params(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # What was said, for those who opt in: the GenAI conventions' messages, as JSON text because a span holds no structures.
-_CONTENT = frozenset(
-    ("gen_ai.input.messages", "gen_ai.output.messages", "gen_ai.system_instructions", "gen_ai.tool.definitions")
-)
+_CONTENT = frozenset(("gen_ai.input.messages", "gen_ai.output.messages", "gen_ai.system_instructions", "gen_ai.tool.definitions"))
 CONTENT_CHARS = 256 * 1024
 """The most of each of these that a span holds; of a longer conversation its last messages stay."""
 PIECE_CHARS = 64 * 1024
@@ -772,7 +774,8 @@ class Post:
             import ssl
 
             tls = ssl.create_default_context()
-            connection: http.client.HTTPConnection = http.client.HTTPSConnection(host, self._parts.port, timeout=timeout, context=tls)
+            port = self._parts.port or 443
+            connection: http.client.HTTPConnection = http.client.HTTPSConnection(host, port, timeout=timeout, context=tls)
         else:
             connection = http.client.HTTPConnection(host, self._parts.port, timeout=timeout)
         connection.connect()
@@ -781,7 +784,8 @@ class Post:
     # what it means
     def _judge(self, status: int, headers: Mapping[str, str], body: bytes | None) -> Verdict:
         if status in (429, 502, 503, 504):
-            return Verdict(ok=False, message=f"HTTP {status}", status=status, again=True, wait=_retry_after(headers.get("retry-after")))
+            wait = _retry_after(headers.get("retry-after"))
+            return Verdict(ok=False, message=f"HTTP {status}", status=status, again=True, wait=wait)
         if 300 <= status < 400:
             return Verdict(ok=False, message=f"HTTP {status}, a redirect, which is never followed", status=status)
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -850,7 +854,9 @@ def _failure(error: Exception) -> str:
         return "no answer in time"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return "the connection was closed" if isinstance(error, (ConnectionError, http.client.BadStatusLine)) else type(error).__name__
+    if isinstance(error, (ConnectionError, http.client.BadStatusLine)):
+        return "the connection was closed"
+    return type(error).__name__
 
 
 def _retry_after(value: str | None) -> float | None:
@@ -977,7 +983,8 @@ class Lane:
         self.post.close()
 
     def _take(self) -> list[tuple[Any, int, int]]:
-        batch, size = [], 0
+        batch: list[tuple[Any, int, int]] = []
+        size = 0
         with self._lock:
             while self._queue and len(batch) < self.BATCH_ITEMS and size < self.BATCH_BYTES:
                 batch.append(self._queue.popleft())
@@ -1070,9 +1077,9 @@ class Telemetry:
         self._lone(trace, "request", "server", trace.span_id, parent, start_ns, end_ns, told, failed=status >= 500)
 
     def call(
-        self, *, kind: str, provider: str, start_ns: int, duration_ms: float, trace: Trace | None = None, span_id: str | None = None,
-        server_address: str | None = None, server_port: int | None = None, method: str = "GET", status: int | None = None,
-        error: str | None = None, error_type: str | None = None,
+        self, *, kind: str, provider: str, start_ns: int, duration_ms: float, trace: Trace | None = None,
+        span_id: str | None = None, server_address: str | None = None, server_port: int | None = None, method: str = "GET",
+        status: int | None = None, error: str | None = None, error_type: str | None = None,
     ) -> None:  # fmt: skip
         """The `provider.http` span of a call outside a request's attempts: list_models, model_capabilities.
 
@@ -1143,7 +1150,8 @@ class Telemetry:
 
     def _post(self, signal: str, patience: float) -> Post:
         url = f"{self._settings.otlp_endpoint.rstrip('/')}/v1/{signal}"
-        headers = {"user-agent": f"opensourcellmrouter/{self._version}", **{k.lower(): v for k, v in self._settings.headers.items()}}
+        own = {k.lower(): v for k, v in self._settings.headers.items()}
+        headers = {"user-agent": f"opensourcellmrouter/{self._version}", **own}
         return Post(url, headers, patience=patience, tell=self._tell, read=_reader(signal))
 
     def _tell(self, what: str) -> None:
@@ -1286,6 +1294,9 @@ def _exporter(kind: Any, post: Post) -> Any:
 
 
 # spans
+Readable = Callable[[Trace, list[Span]], Iterator[Any]]
+
+
 def _span_export(post: Post, resource: Any, version: str, content: bool) -> Callable[[list[Any]], None]:
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
@@ -1301,7 +1312,7 @@ def _span_export(post: Post, resource: Any, version: str, content: bool) -> Call
 class _Spans:
     """The spans of a batch, made one request at a time while the exporter encodes them."""
 
-    def __init__(self, items: list[tuple[Trace, Any]], readable: Callable[[Trace, list[Span]], Iterator[Any]], content: bool) -> None:
+    def __init__(self, items: list[tuple[Trace, Any]], readable: Readable, content: bool) -> None:
         self._items, self._readable, self._content = items, readable, content
 
     def __len__(self) -> int:
@@ -1317,7 +1328,7 @@ _LARGE = 8 * 1024 * 1024
 """A conversation larger than this is not captured: only cutting it down would hold up everything else."""
 
 
-def _readable(resource: Any, version: str) -> Callable[[Trace, list[Span]], Iterator[Any]]:
+def _readable(resource: Any, version: str) -> Readable:
     """What turns a tree of ours into the SDK's spans."""
     from opentelemetry.sdk.trace import Event, ReadableSpan
     from opentelemetry.sdk.util.instrumentation import InstrumentationScope
@@ -1456,9 +1467,7 @@ class Meters:
         self.exported = self.failed = self.dropped = 0
         self._exporter = _exporter(OTLPMetricExporter, post)
         self._reader = InMemoryMetricReader()
-        provider = MeterProvider(
-            [self._reader], resource, exemplar_filter=AlwaysOffExemplarFilter(), shutdown_on_exit=False
-        )
+        provider = MeterProvider([self._reader], resource, exemplar_filter=AlwaysOffExemplarFilter(), shutdown_on_exit=False)
         self._make(provider.get_meter("opensourcellmrouter", version))
         self._model, self._response_model = _Capped(), _Capped()
         self._queue: deque[Any] = deque()
@@ -1479,9 +1488,7 @@ class Meters:
         self._overhead = histogram("router.overhead_ms", "ms", "The router's own share of the duration", _OVERHEAD)
         self._gen_ai_duration = histogram("gen_ai.client.operation.duration", "s", "GenAI operation duration", _DURATION)
         self._gen_ai_tokens = histogram("gen_ai.client.token.usage", "{token}", "Input and output tokens used", _TOKENS)
-        self._first_token = histogram(
-            "gen_ai.server.time_to_first_token", "s", "Time to generate the first token", _FIRST_TOKEN
-        )
+        self._first_token = histogram("gen_ai.server.time_to_first_token", "s", "Time to generate the first token", _FIRST_TOKEN)
 
     def put(self, item: dict[str, Any] | int) -> None:
         """Take the facts of a finished request, or 1 for one that was accepted."""

@@ -79,11 +79,12 @@ def parse_request(body: Body, headers: Mapping[str, str]) -> Request:
     _read_messages(data, request)
     request.tools = [_tool(t, f"tools[{i}]") for i, t in enumerate(read_field(data, "tools", list, "a list") or [])]
     functions = read_field(data, "functions", list, "a list") or []
-    request.tools += [_function(f, f"functions[{i}]", {}) for i, f in enumerate(functions)]
+    request.tools += [_function(f, f"functions[{i}]") for i, f in enumerate(functions)]
     _read_choice(data, request)
     request.response_format = _response_format(data.get("response_format"))
     request.reasoning = _reasoning(data)
-    request.extra = {k: v for k, v in data.items() if k not in _KNOWN and v is not None}
+    known = _KNOWN if request.reasoning is not None else _KNOWN - {"reasoning", "reasoning_effort"}
+    request.extra = {k: v for k, v in data.items() if k not in known and v is not None}
     return request
 
 
@@ -309,19 +310,19 @@ def _tool(tool: Any, place: str) -> Tool:
         raise BadRequest(f"{place} must be an object", param=place)
     kind = tool.get("type", "function")
     if kind == "function":
-        return _function(tool.get("function"), f"{place}.function", {})
+        return _function(tool.get("function"), f"{place}.function")
     if kind == "custom":
         return _custom(read_field(tool, "custom", dict, "an object", required=True, place=place), f"{place}.custom")
     return Tool(str(kind), extra=dict(tool))
 
 
-def _function(told: Any, place: str, extra: dict[str, Any]) -> Tool:
+def _function(told: Any, place: str) -> Tool:
     function = told if isinstance(told, dict) else {}
     name = read_field(function, "name", str, "a string", required=True, place=place)
     described = read_field(function, "description", str, "a string", place=place)
     parameters = read_field(function, "parameters", dict, "an object", place=place) or {}
     more = {k: v for k, v in function.items() if k not in ("name", "description", "parameters", "type") and v is not None}
-    return Tool(name, described, parameters, {**more, **extra})
+    return Tool(name, described, parameters, more)
 
 
 def _custom(custom: dict[str, Any], place: str) -> Tool:
@@ -329,8 +330,8 @@ def _custom(custom: dict[str, Any], place: str) -> Tool:
     grammar = dig(custom, "format.grammar.definition")
     told = [custom.get("description"), f"The input follows this grammar:\n{grammar}" if grammar else None]
     schema = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
-    described = {"name": custom.get("name"), "description": "\n\n".join(t for t in told if t) or None, "parameters": schema}
-    return _function(described, place, {"custom": custom})
+    described = "\n\n".join(t for t in told if isinstance(t, str)) or None
+    return _function({"name": custom.get("name"), "description": described, "parameters": schema, "custom": custom}, place)
 
 
 def _read_choice(data: Mapping[str, Any], request: Request) -> None:
@@ -369,10 +370,12 @@ def _response_format(form: Any) -> dict[str, Any] | None:
 
 # The client face: answers ---------------------------------------------------------------------------------------------
 def render(answer: Answer, request: Request, stamp: Stamp) -> dict[str, Any]:
-    """A chat.completion object with every field that the published schema requires."""
-    choices = [_choice(answer, index, "".join(text)) for index, text in sorted(answer.choices.items())]
+    """A chat.completion object (or a list of embeddings) with every field that the published schema requires."""
+    if request.operation == "embeddings":
+        return _render_vectors(answer, request, stamp)
+    choices = [_choice(answer, index, "".join(text), request) for index, text in sorted(answer.choices.items())]
     rendered = {
-        "id": stamp.id,
+        "id": f"chatcmpl-{stamp.id}",
         "object": "chat.completion",
         "created": stamp.created,
         "model": stamp.model,
@@ -381,24 +384,55 @@ def render(answer: Answer, request: Request, stamp: Stamp) -> dict[str, Any]:
     return {**rendered, "usage": render_usage(answer.usage)} if answer.usage else rendered
 
 
-def _choice(answer: Answer, index: int, text: str) -> dict[str, Any]:
+def _choice(answer: Answer, index: int, text: str, request: Request) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": text or None, "refusal": None}
     if index == 0 and answer.reasoning:
         message["reasoning_content"] = answer.reasoning
-    if index == 0 and answer.tool_calls:
-        message["tool_calls"] = [_call(c) for _, c in sorted(answer.tool_calls.items())]
+    calls = [c for _, c in sorted(answer.tool_calls.items())] if index == 0 else []
+    if calls:
+        message |= _called(calls, request)
     elif not text:
         message["content"] = ""
-    reason = answer.finish.reason if answer.finish else "stop"
+    reason = _reason(answer.finish, bool(calls), request)
     return {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
+
+
+def _called(calls: list[ToolCall], request: Request) -> dict[str, Any]:
+    """The calls of a message, each in the way in which its tool was told: a function, free text, or the legacy function."""
+    if _is_legacy(request):
+        return {"function_call": {"name": calls[0].name or "", "arguments": calls[0].arguments or "{}"}}
+    custom = _custom_names(request)
+    return {"tool_calls": [_custom_call(c) if c.name in custom else _call(c) for c in calls]}
+
+
+def _is_legacy(request: Request) -> bool:
+    return request.format == "openai" and "functions" in request.body.data and "tools" not in request.body.data
+
+
+def _custom_names(request: Request) -> set[str]:
+    return {t.name for t in request.tools if "custom" in t.extra}
 
 
 def _call(call: ToolCall) -> dict[str, Any]:
     return {
         "id": call.id or f"call_{call.index}",
         "type": "function",
-        "function": {"name": call.name or "", "arguments": call.arguments},
+        "function": {"name": call.name or "", "arguments": call.arguments or "{}"},
     }
+
+
+def _custom_call(call: ToolCall) -> dict[str, Any]:
+    told = dig(read_object(call.arguments.encode("utf-8", "surrogatepass")), "input")
+    text = told if isinstance(told, str) else call.arguments
+    return {"id": call.id or f"call_{call.index}", "type": "custom", "custom": {"name": call.name or "", "input": text}}
+
+
+def _reason(finish: Finish | None, calls: bool, request: Request) -> str:
+    """finish_reason. Some servers say `stop` although a tool is called; agents go on only at tool_calls."""
+    reason = finish.reason if finish else "stop"
+    if reason in ("stop", "tool_calls"):
+        reason = "stop" if not calls else "function_call" if _is_legacy(request) else "tool_calls"
+    return reason
 
 
 def render_usage(usage: Usage) -> dict[str, Any]:
@@ -407,11 +441,30 @@ def render_usage(usage: Usage) -> dict[str, Any]:
         "prompt_tokens": usage.input_tokens,
         "completion_tokens": usage.output_tokens,
         "total_tokens": usage.input_tokens + usage.output_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_input_tokens, "audio_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": usage.cached_input_tokens, "audio_tokens": 0,
+                                  "cache_write_tokens": usage.cache_write_input_tokens},
         "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens, "audio_tokens": 0,
                                       "accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0},
     }  # fmt: skip
     return {**rendered, "cost": usage.cost} if usage.cost is not None else rendered
+
+
+def _render_vectors(answer: Answer, request: Request, stamp: Stamp) -> dict[str, Any]:
+    packed = request.extra.get("encoding_format") == "base64"
+    data = [{"object": "embedding", "index": i, "embedding": _vector(v, packed)} for i, v in enumerate(answer.vectors)]
+    used = answer.usage.input_tokens if answer.usage else 0
+    usage = {"prompt_tokens": used, "total_tokens": used}
+    return {"object": "list", "data": data, "model": stamp.model, "usage": usage}
+
+
+def _vector(vector: Any, packed: bool) -> Any:
+    """A vector as numbers, or packed: base64 of 32-bit floats, the lowest byte first."""
+    if packed == isinstance(vector, str):
+        return vector
+    numbers = array.array("f", base64.b64decode(vector) if isinstance(vector, str) else vector)
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return base64.b64encode(numbers.tobytes()).decode() if packed else numbers.tolist()
 
 
 class Renderer:
@@ -424,52 +477,90 @@ class Renderer:
             "created": stamp.created,
             "model": stamp.model,
         }
+        self._request = request
         self._usage: Usage | None = None
-        self._include_usage = request.include_usage
         self._begun: set[int] = set()
+        self._finished: set[int] = set()
+        self._calls: dict[int, ToolCall] = {}
+        self._custom = _custom_names(request)
+        self._legacy = _is_legacy(request)
 
     def feed(self, event: Event) -> bytes:
-        """What the client gets to read of this event, b"" for what has no place in this dialect."""
-        if isinstance(event, Begin) and event.model:
-            self._head["model"] = event.model
-        if isinstance(event, Used):
-            self._usage = event.usage
-        render = _DELTAS.get(type(event))
-        if render is None:
+        """What the client gets to read of this event. Raises UpstreamError for a block that could not be read."""
+        take = self._takes.get(type(event))
+        return b"" if take is None else take(self, event)
+
+    def end(self) -> bytes:
+        """The end of a complete answer; where the provider gave no reason for it, it is the usual one."""
+        out = b"" if 0 in self._finished else self._finish(Finish("stop"))
+        if self._request.include_usage:
+            out += self._chunk([], usage=render_usage(self._usage or Usage()))
+        return out + b"data: [DONE]\n\n"
+
+    def _begin(self, event: Begin) -> bytes:
+        self._head["model"] = event.model or self._head["model"]
+        return self._delta({}, 0)
+
+    def _used(self, event: Used) -> bytes:
+        self._usage = event.usage
+        return b""
+
+    def _malformed(self, event: Malformed) -> bytes:
+        raise malformed(event.what)
+
+    def _text(self, event: Text) -> bytes:
+        return self._delta({"content": event.text}, event.choice)
+
+    def _reasoning(self, event: Reasoning) -> bytes:
+        return self._delta({"reasoning_content": event.text}) if event.text else b""
+
+    def _tool_call(self, event: ToolCall) -> bytes:
+        """A piece of a call: id and name with the first one only, for clients join what comes twice. Free text comes in
+        one piece, once its JSON is complete; of legacy calls there can be but one."""
+        first = event.index not in self._calls
+        call = self._calls.setdefault(event.index, ToolCall(event.index, event.id or f"call_{event.index}", event.name))
+        if call.name in self._custom:
+            call.arguments += event.arguments
             return b""
-        delta = render(event)
-        choice = getattr(event, "choice", 0)
-        reason = event.reason if isinstance(event, Finish) else None
+        call.arguments = call.arguments or event.arguments[:1]
+        named = {"name": call.name or ""} if first else {}
+        if self._legacy:
+            piece = {"function_call": {**named, "arguments": event.arguments}}
+            return self._delta(piece) if event.index == min(self._calls) else b""
+        head = {"id": call.id, "type": "function"} if first else {}
+        piece = {"index": event.index, **head, "function": {**named, "arguments": event.arguments}}
+        return self._delta({"tool_calls": [piece]}) if first or event.arguments else b""
+
+    def _finish(self, event: Finish) -> bytes:
+        self._finished.add(event.choice)
+        calls = list(self._calls.values()) if event.choice == 0 else []
+        out = b"".join(self._last_piece(c) for c in calls if c.name in self._custom or not c.arguments)
+        return out + self._delta({}, event.choice, _reason(event, bool(calls), self._request))
+
+    def _last_piece(self, call: ToolCall) -> bytes:
+        """What was held back of a call: its free text, or the empty object that stands for no arguments."""
+        if self._legacy:
+            return self._delta({"function_call": {"arguments": "{}"}}) if call.index == min(self._calls) else b""
+        told = _custom_call(call) if call.name in self._custom else {"function": {"arguments": "{}"}}
+        return self._delta({"tool_calls": [{"index": call.index, **told}]})
+
+    def _delta(self, delta: dict[str, Any], choice: int = 0, reason: str | None = None) -> bytes:
+        """A chunk with a piece of a message; the first of each choice tells the role, and one with nothing to tell is none."""
         if choice not in self._begun:
             self._begun.add(choice)
             delta = {"role": "assistant", "content": "", **delta}
+        if not delta and reason is None:
+            return b""
         return self._chunk([{"index": choice, "delta": delta, "logprobs": None, "finish_reason": reason}])
 
-    def end(self) -> bytes:
-        """The end of a complete answer."""
-        usage = self._usage or Usage()
-        tail = self._chunk([], usage=render_usage(usage)) if self._include_usage else b""
-        return tail + b"data: [DONE]\n\n"
-
     def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
-        return sse(dumps({**self._head, "choices": choices, **more}))
+        told = {"usage": None} if self._request.include_usage else {}
+        return sse(dumps({**self._head, "choices": choices, **told, **more}))
 
-
-def _delta_tool(event: ToolCall) -> dict[str, Any]:
-    call: dict[str, Any] = {"index": event.index}
-    if event.name is not None:
-        call |= {"id": event.id or f"call_{event.index}", "type": "function"}
-    call["function"] = {**({"name": event.name} if event.name is not None else {}), "arguments": event.arguments}
-    return {"tool_calls": [call]}
-
-
-_DELTAS: dict[type, Callable[[Any], dict[str, Any]]] = {
-    Begin: lambda e: {},
-    Text: lambda e: {"content": e.text},
-    Reasoning: lambda e: {"reasoning_content": e.text} if e.text else {},
-    ToolCall: _delta_tool,
-    Finish: lambda e: {},
-}
+    _takes: dict[type, Callable[[Renderer, Any], bytes]] = {  # noqa: RUF012 - a dispatch table, never changed
+        Begin: _begin, Text: _text, Reasoning: _reasoning, ToolCall: _tool_call, Finish: _finish, Used: _used,
+        Malformed: _malformed,
+    }  # fmt: skip
 
 
 def hides(events: list[Event], request: Request) -> bool:
@@ -481,6 +572,11 @@ _TYPES = {
     "authentication": "authentication_error", "permission": "permission_error", "rate_limit": "rate_limit_error",
     "overloaded": "server_error", "upstream": "api_error", "timeout": "timeout_error", "internal": "server_error",
 }  # fmt: skip
+_ELSEWHERE = {
+    "not_found_error": "invalid_request_error", "request_too_large": "invalid_request_error", "overloaded_error": "server_error",
+    "billing_error": "insufficient_quota", "conflict_error": "invalid_request_error",
+}  # fmt: skip
+"""Error types of other dialects -> what an OpenAI client knows."""
 
 
 def render_error(error: RequestError) -> dict[str, Any]:
@@ -488,7 +584,9 @@ def render_error(error: RequestError) -> dict[str, Any]:
     detail = getattr(error, "detail", None)
     kind = _TYPES.get(error.kind, "invalid_request_error")
     if detail:
-        return {"error": {"message": error.message, "type": kind, "param": None, "code": None, **detail}}
+        said = detail.get("type", kind)
+        told = {**detail, "type": _ELSEWHERE.get(said, said)}
+        return {"error": {"message": error.message, "param": None, "code": None, **told}}
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code, "src": error.src}}
 
 
@@ -497,7 +595,7 @@ def render_stream_error(error: RequestError) -> bytes:
     return sse(dumps(render_error(error)))
 
 
-# The upstream face ----------------------------------------------------------------------------------------------------
+# The upstream face: requests ------------------------------------------------------------------------------------------
 def endpoint(base_url: str) -> str:
     """The URL that paths are appended to. A bare host gets /v1, as its own clients would; a full path is cut back."""
     url = base_url.rstrip("/").removesuffix("/chat/completions")
@@ -509,101 +607,187 @@ def credentials(key: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"}
 
 
+def models_call() -> Call:
+    """Asks for the models that are served."""
+    return Call("/models", b"", "openai_models", method="GET")
+
+
+def parse_models(body: dict[str, Any]) -> list[str]:
+    """The names in an answer to `models_call`."""
+    return [m["id"] for m in body["data"] if isinstance(m["id"], str)]
+
+
 def build(request: Request, model: str, provider: Provider) -> Call:
-    """The request to an openai-format provider: the client's own bytes where it spoke OpenAI, else rebuilt."""
-    kind = "openai_stream" if request.stream else "openai_chat"
-    if request.format != "openai":
-        body, dropped = _rebuild(request, model)
-        return Call("/chat/completions", dumps(body).encode(), kind, dropped=dropped)
-    changes: dict[str, Any] = {"model": model}
-    if request.stream:
-        options = request.body.data.get("stream_options")
-        changes["stream_options"] = {**(options if isinstance(options, dict) else {}), "include_usage": True}
-    kept = {"trace", "session_id"} if provider.forward_metadata else set()
-    return Call("/chat/completions", request.body.with_fields(changes, ROUTER_FIELDS - kept), kind)
+    """The request to an openai-format provider: the client's own bytes where it spoke OpenAI, else rebuilt.
+
+    Raises BadRequest for what cannot be said and would change the meaning.
+    """
+    vectors = request.operation == "embeddings"
+    path = "/embeddings" if vectors else "/chat/completions"
+    kind = "openai_embeddings" if vectors else "openai_stream" if request.stream else "openai_chat"
+    if request.native("openai"):
+        changes: dict[str, Any] = {"model": model}
+        if request.stream:
+            options = request.body.data.get("stream_options")
+            changes["stream_options"] = {**(options if isinstance(options, dict) else {}), "include_usage": True}
+        kept = {"trace", "session_id"} if provider.forward_metadata else set()
+        return Call(path, request.body.with_fields(changes, ROUTER_FIELDS - kept), kind)
+    dropped: list[str] = []
+    body = _rebuild_vectors(request, model) if vectors else _rebuild(request, model, provider, dropped)
+    return Call(path, dumps(body).encode(), kind, dropped=list(dict.fromkeys(dropped)))
 
 
-def _rebuild(request: Request, model: str) -> tuple[dict[str, Any], list[str]]:
-    body: dict[str, Any] = {"model": model, "messages": _build_messages(request)}
-    for name in (
-        "temperature",
-        "top_p",
-        "seed",
-        "presence_penalty",
-        "frequency_penalty",
-        "user",
-        "metadata",
-        "service_tier",
-    ):
-        if (value := getattr(request, name)) is not None:
-            body[name] = value
+def _rebuild_vectors(request: Request, model: str) -> dict[str, Any]:
+    user = {"user": request.user} if request.user else {}
+    return {"model": model, "input": request.inputs, **user, **request.extra}
+
+
+_SAME = ("temperature", "top_p", "seed", "presence_penalty", "frequency_penalty", "user", "metadata", "service_tier")
+_SHARED = frozenset(("prompt_cache_key", "safety_identifier", "verbosity"))
+"""Fields of Responses that OpenAI itself takes here, too; other servers may refuse what they do not know."""
+
+
+def _rebuild(request: Request, model: str, provider: Provider, dropped: list[str]) -> dict[str, Any]:
+    own, vendor = request.format == "openai", _is_openai(provider)
+    body: dict[str, Any] = {"model": model, "messages": _build_messages(request, vendor, dropped)}
+    body |= {name: value for name in _SAME if (value := getattr(request, name)) is not None}
     if request.max_tokens is not None:
-        body["max_tokens"] = request.max_tokens
+        body["max_completion_tokens" if vendor or _REASONER.search(model) else "max_tokens"] = request.max_tokens
     if request.stop:
         body["stop"] = request.stop
     if request.n != 1:
         body["n"] = request.n
     if request.stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
-    if request.tools:
-        body["tools"] = [_build_tool(t) for t in request.tools]
-    if request.tool_choice is not None and request.tools:
-        body["tool_choice"] = _build_choice(request.tool_choice)
-    if request.parallel_tool_calls is not None and request.tools:
-        body["parallel_tool_calls"] = request.parallel_tool_calls
+    _add_tools(request, body, dropped)
     if request.response_format:
         body["response_format"] = _build_format(request.response_format)
     if request.reasoning is not None:
         body["reasoning_effort"] = effort(request.reasoning)
-    return body, [name for name in ("top_k",) if getattr(request, name) is not None]
+    said = {k: v for k, v in request.extra.items() if own or (vendor and k in _SHARED)}
+    body |= said
+    if request.top_k is not None:
+        body |= {"top_k": request.top_k} if own else {}
+        dropped += [] if own else ["top_k"]
+    dropped += sorted(set(request.extra) - set(said))
+    return body
+
+
+_REASONER = re.compile(r"(^|/)(o\d|gpt-([5-9]|\d\d))")
+"""OpenAI's models that refuse max_tokens for max_completion_tokens; many other servers know only the older name."""
+
+
+def _is_openai(provider: Provider) -> bool:
+    host = urlsplit(provider.base_url).hostname or ""
+    return host.endswith((".openai.com", ".openai.azure.com"))
+
+
+def _add_tools(request: Request, body: dict[str, Any], dropped: list[str]) -> None:
+    own = request.format == "openai"
+    tools = [t for t in request.tools if own or t.extra.get("type", "function") in ("function", "custom")]
+    dropped += ["tools"] if len(tools) < len(request.tools) else []
+    if not tools:
+        return
+    body["tools"] = [_build_tool(t, own) for t in tools]
+    dropped += ["cache_control"] if any("cache_control" in t.extra for t in tools) and not own else []
+    choice = request.tool_choice
+    if choice and choice.startswith("tool:") and choice[5:] not in [t.name for t in tools]:
+        dropped.append("tool_choice")
+    elif choice is not None:
+        body["tool_choice"] = _build_choice(choice, _custom_names(request) if own else set())
+    if request.parallel_tool_calls is not None:
+        body["parallel_tool_calls"] = request.parallel_tool_calls
 
 
 def effort(tokens: int) -> str:
-    """The reasoning_effort that allows about as many tokens of thinking."""
-    return next((name for name, budget in EFFORTS.items() if tokens <= budget), "high")
+    """The reasoning_effort that allows about as many tokens of thinking. Names above `high` only by their own number:
+    not every model knows them."""
+    exact = next((name for name, budget in EFFORTS.items() if tokens == budget), None)
+    return exact or next((name for name in ("minimal", "low", "medium") if tokens <= EFFORTS[name]), "high")
 
 
-def _build_messages(request: Request) -> list[dict[str, Any]]:
+def _build_messages(request: Request, vendor: bool, dropped: list[str]) -> list[dict[str, Any]]:
     built: list[dict[str, Any]] = []
     if request.system:
-        built.append({"role": "system", "content": "\n\n".join(b["text"] for b in request.system)})
+        built.append({"role": "system", "content": "\n\n".join(block_text(b) for b in request.system)})
     for message in request.messages:
-        built += _BUILD.get(message.role, _build_plain)(message)
+        if message.role == "tool":
+            built += _build_results(message, request, dropped)
+        elif message.role == "assistant":
+            built.append(_build_assistant(message, request, vendor, dropped))
+        else:
+            built.append(_build_plain(message, request, dropped))
+    cached = (b for blocks in (request.system, *(m.content for m in request.messages)) for b in blocks)
+    dropped += ["cache_control"] if any("cache_control" in b for b in cached) else []
     return built
 
 
-def _build_plain(message: Message) -> list[dict[str, Any]]:
-    texts = [b for b in message.content if b["type"] == "text"]
-    if len(texts) == len(message.content):
-        return [{"role": message.role, "content": "\n\n".join(b["text"] for b in texts)}]
-    return [{"role": message.role, "content": [_build_part(b) for b in message.content]}]
+def _build_plain(message: Message, request: Request, dropped: list[str]) -> dict[str, Any]:
+    parts = [p for b in message.content for p in _build_parts(b, request)]
+    return {"role": message.role, "content": _joined(parts)}
 
 
-def _build_part(block: Block) -> dict[str, Any]:
-    if block["type"] == "image":
-        url = block.get("url") or f"data:{block['media_type']};base64,{block['data']}"
-        return {
-            "type": "image_url",
-            "image_url": {"url": url, **({"detail": block["detail"]} if "detail" in block else {})},
-        }
-    if block["type"] == "text":
-        return {"type": "text", "text": block["text"]}
-    kind = {"audio": "input_audio", "document": "file"}.get(block["type"])
-    if kind is None:
-        raise BadRequest(f"an openai-format provider takes no {block['type']} block", param="messages")
-    return {"type": kind, kind: {k: v for k, v in block.items() if k != "type"}}
+def _joined(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    """Parts as one string where they are all text: every server reads that."""
+    texts = [p["text"] for p in parts if p["type"] == "text"]
+    return "\n\n".join(texts) if len(texts) == len(parts) else parts
 
 
-def _build_assistant(message: Message) -> list[dict[str, Any]]:
+def _build_parts(block: Block, request: Request) -> list[dict[str, Any]]:
+    build = _BUILD_PARTS.get(block["type"])
+    parts = build(block, request) if build else None
+    if parts is None:
+        field = "input" if request.format == "responses" else "messages"
+        raise BadRequest(f"an openai provider cannot read this {block['type']} in {field}", param=field)
+    return parts
+
+
+def _build_image(block: Block, request: Request) -> list[dict[str, Any]] | None:
+    if "url" not in block and "data" not in block:
+        return None
+    url = block.get("url") or f"data:{block['media_type']};base64,{block['data']}"
+    detail = {"detail": block["detail"]} if "detail" in block else {}
+    return [{"type": "image_url", "image_url": {"url": url, **detail}}]
+
+
+def _build_document(block: Block, request: Request) -> list[dict[str, Any]] | None:
+    """A file by its bytes; a text as text. A URL is not fetched, another vendor's file id is none."""
+    title = {"filename": block["title"]} if "title" in block else {}
+    if "data" in block:
+        data = f"data:{block['media_type']};base64,{block['data']}"
+        return [{"type": "file", "file": {"filename": "document", **title, "file_data": data}}]
+    if "file_id" in block and request.format in ("openai", "responses"):
+        return [{"type": "file", "file": {"file_id": block["file_id"], **title}}]
+    if "text" in block:
+        return [{"type": "text", "text": "\n".join([*title.values(), block["text"]])}]
+    if "content" in block:
+        return [p for b in block["content"] for p in _build_parts(b, request)]
+    return None
+
+
+_BUILD_PARTS: dict[str, Callable[[Block, Request], list[dict[str, Any]] | None]] = {
+    "text": lambda block, request: [{"type": "text", "text": block["text"]}],
+    "image": _build_image,
+    "document": lambda block, request: _build_document(document_block(block) if "file_data" in block else block, request),
+    "audio": lambda block, request: [{"type": "input_audio", "input_audio": {k: block[k] for k in block if k != "type"}}],
+}
+
+
+def _build_assistant(message: Message, request: Request, vendor: bool, dropped: list[str]) -> dict[str, Any]:
     texts = [b["text"] for b in message.content if b["type"] == "text"]
     thoughts = [b["thinking"] for b in message.content if b["type"] == "thinking"]
     calls = [b for b in message.content if b["type"] == "tool_use"]
-    built: dict[str, Any] = {"role": "assistant", "content": "\n\n".join(texts) if texts else None}
-    if thoughts:
+    custom = _custom_names(request) if request.format == "openai" else set()
+    built: dict[str, Any] = {"role": "assistant", "content": "\n\n".join(texts) if texts or not calls else None}
+    if thoughts and vendor:  # it refuses fields it does not know
+        dropped.append("thinking")
+    elif thoughts:
         built["reasoning_content"] = "".join(thoughts)
     if calls:
-        built["tool_calls"] = [_call(ToolCall(i, c["id"], c["name"], arguments_text(c))) for i, c in enumerate(calls)]
-    return [built]
+        told = [ToolCall(i, c["id"], c["name"], arguments_text(c)) for i, c in enumerate(calls)]
+        built["tool_calls"] = [_custom_call(c) if c.name in custom else _call(c) for c in told]
+    dropped += [b["type"] for b in message.content if b["type"] not in ("text", "thinking", "tool_use")]
+    return built
 
 
 def arguments_text(block: Block) -> str:
@@ -611,27 +795,34 @@ def arguments_text(block: Block) -> str:
     return str(block["arguments"]) if "arguments" in block else json.dumps(block["input"])
 
 
-def _build_results(message: Message) -> list[dict[str, Any]]:
-    built = []
+def _build_results(message: Message, request: Request, dropped: list[str]) -> list[dict[str, Any]]:
+    """The results of calls, in text; what else is in them follows as the user's, for a result can hold nothing else."""
+    built, shown = [], []
     for block in message.content:
         content = block["content"]
-        if not isinstance(content, str):
-            content = "\n".join(b["text"] for b in content if b["type"] == "text")
-        built.append({"role": "tool", "tool_call_id": block["tool_use_id"], "content": content})
-    return built
+        parts = [p for b in ([] if isinstance(content, str) else content) for p in _build_parts(b, request)]
+        text = content if isinstance(content, str) else "\n".join(p["text"] for p in parts if p["type"] == "text")
+        built.append({"role": "tool", "tool_call_id": block["tool_use_id"], "content": text})
+        shown += [p for p in parts if p["type"] != "text"]
+        dropped += ["is_error"] if block.get("is_error") else []
+    return [*built, *([{"role": "user", "content": shown}] if shown else [])]
 
 
-_BUILD = {"assistant": _build_assistant, "tool": _build_results}
-
-
-def _build_tool(tool: Tool) -> dict[str, Any]:
+def _build_tool(tool: Tool, own: bool) -> dict[str, Any]:
+    if own and "type" in tool.extra:
+        return dict(tool.extra)
+    if own and "custom" in tool.extra:
+        return {"type": "custom", "custom": tool.extra["custom"]}
     described = {"description": tool.description} if tool.description else {}
-    strict = {"strict": tool.extra["strict"]} if "strict" in tool.extra else {}
+    strict = {"strict": tool.extra["strict"]} if tool.extra.get("strict") is not None else {}
     return {"type": "function", "function": {"name": tool.name, **described, "parameters": tool.parameters, **strict}}
 
 
-def _build_choice(choice: str) -> Any:
-    return {"type": "function", "function": {"name": choice[5:]}} if choice.startswith("tool:") else choice
+def _build_choice(choice: str, custom: set[str]) -> Any:
+    if not choice.startswith("tool:"):
+        return choice
+    kind = "custom" if choice[5:] in custom else "function"
+    return {"type": kind, kind: {"name": choice[5:]}}
 
 
 def _build_format(form: dict[str, Any]) -> dict[str, Any]:
@@ -641,6 +832,7 @@ def _build_format(form: dict[str, Any]) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": form["name"], "schema": form["schema"], **strict}}
 
 
+# The upstream face: answers -------------------------------------------------------------------------------------------
 FINISH = {
     "stop": "stop",
     "length": "length",
@@ -656,14 +848,52 @@ def parse(data: bytes, request: Request) -> list[Event]:
     if body is None:
         raise malformed("an answer that is not JSON")
     _raise_error(body)
+    try:
+        return _vector_events(body) if request.operation == "embeddings" else _answer_events(body)
+    except SHAPE_ERRORS:
+        raise malformed("an answer of a shape that its format does not have") from None
+
+
+def _answer_events(body: dict[str, Any]) -> list[Event]:
     choices = body.get("choices")
     if not isinstance(choices, list) or not choices or not all(isinstance(dig(c, "message"), dict) for c in choices):
         raise malformed("an answer without choices")
     events: list[Event] = [Begin(_text(body.get("id")), _text(body.get("model")))]
     for i, choice in enumerate(choices):
-        events += _message_events(choice["message"], i)
+        events += _message_events(choice["message"], i, _Calls())
         events += _finish_events(choice, i)
     return events + _usage_events(body)
+
+
+def _vector_events(body: dict[str, Any]) -> list[Event]:
+    data = body["data"]
+    if not isinstance(data, list) or not all(isinstance(d["embedding"], (list, str)) for d in data):
+        raise malformed("an answer without embeddings")
+    placed = sorted(enumerate(data), key=lambda p: p[1]["index"] if type(p[1].get("index")) is int else p[0])
+    return [Begin(model=_text(body.get("model"))), Vectors([d["embedding"] for _, d in placed]), *_usage_events(body)]
+
+
+class _Calls:
+    """Which call a piece belongs to. Its index says it, but some servers give every parallel call the same one, or none:
+    then another id is another call."""
+
+    def __init__(self) -> None:
+        self._current: dict[int, tuple[int, str | None]] = {}
+        self._count = 0
+
+    def piece(self, call: dict[str, Any], place: int) -> ToolCall:
+        function = call.get("function") or {}
+        told = call.get("index")
+        key = told if type(told) is int else place
+        id, name = _text(call.get("id")), _text(function.get("name"))
+        index, known = self._current.get(key, (None, None))
+        if index is None or (id and name and known and id != known):
+            index, self._count = self._count, self._count + 1
+        self._current[key] = (index, id or known)
+        arguments = function.get("arguments")
+        free = dig(call, "custom.input")
+        text = arguments if isinstance(arguments, str) else dumps(arguments) if isinstance(arguments, dict) else ""
+        return ToolCall(index, id, name or _text(dig(call, "custom.name")), free if isinstance(free, str) else text)
 
 
 class Parser(BlockParser):
@@ -672,6 +902,7 @@ class Parser(BlockParser):
     def __init__(self) -> None:
         super().__init__()
         self._begun = False
+        self._calls = _Calls()
 
     def events(self, block: bytes) -> list[Event]:
         _, data = event_data(block)
@@ -690,7 +921,7 @@ class Parser(BlockParser):
         for choice in chunk.get("choices") or ():
             index = choice.get("index")
             index = index if type(index) is int else 0
-            events += _message_events(choice.get("delta") or {}, index)
+            events += _message_events(choice.get("delta") or {}, index, self._calls)
             if choice.get("finish_reason"):
                 events += _finish_events(choice, index)
         return events + _usage_events(chunk) if chunk.get("usage") or "timings" in chunk else events
@@ -717,23 +948,18 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def _message_events(message: dict[str, Any], choice: int) -> list[Event]:
-    """The events of a whole message or of a delta: the two have the same shape."""
-    events: list[Event] = []
-    thought = message.get("reasoning_content") or message.get("reasoning")
-    if isinstance(thought, str) and thought:
-        events.append(Reasoning(thought))
-    content = message.get("content") or message.get("refusal")
-    if isinstance(content, str) and content:
-        events.append(Text(content, choice))
-    elif isinstance(content, list):
-        events += [Text(p["text"], choice) for p in content if isinstance(dig(p, "text"), str)]
-    for i, call in enumerate(message.get("tool_calls") or ()):
-        function, index = call.get("function") or {}, call.get("index")
-        arguments = function.get("arguments")
-        events.append(ToolCall(index if type(index) is int else i, _text(call.get("id")), _text(function.get("name")),
-                               arguments if isinstance(arguments, str) else ""))  # fmt: skip
-    return events
+def _message_events(message: dict[str, Any], choice: int, calls: _Calls) -> list[Event]:
+    """The events of a whole message or of a delta: the two have the same shape. Of further choices only the text counts."""
+    content = message.get("content") or message.get("refusal") or dig(message, "audio.transcript")
+    texts = [dig(p, "text") for p in content] if isinstance(content, list) else [content]
+    said: list[Event] = [Text(t, choice) for t in texts if isinstance(t, str) and t]
+    if choice:
+        return said
+    thought = _text(message.get("reasoning_content")) or _text(message.get("reasoning"))
+    legacy = message.get("function_call")
+    told = message.get("tool_calls") or ([{"index": 0, "function": legacy}] if legacy else ())
+    pieces = [calls.piece(call, i) for i, call in enumerate(told)]
+    return [*([Reasoning(thought)] if thought else []), *said, *pieces]
 
 
 def _finish_events(choice: dict[str, Any], index: int) -> list[Event]:

@@ -133,7 +133,7 @@ def _read_input(data: Mapping[str, Any], request: Request) -> None:
         if kind in _ITEMS:
             _join(request, *_ITEMS[kind](item, place))
         else:
-            request.extra.setdefault("input", []).append(item)  # a hosted tool's trace; what came of it is in the messages
+            _drop(request, f"input.{kind}")  # a hosted tool's own trace; what came of it is in the messages
 
 
 def _kind(item: Any, place: str) -> str:
@@ -146,6 +146,10 @@ def _kind(item: Any, place: str) -> str:
     if kind == "item_reference":
         raise BadRequest(_STATELESS + f"the reference in {place}", param=place)
     return kind
+
+
+def _drop(request: Request, name: str) -> None:
+    request.dropped += [name] if name not in request.dropped else []
 
 
 def _join(request: Request, role: str, blocks: list[Block]) -> None:
@@ -287,7 +291,7 @@ def _read_choice(choice: Any, request: Request) -> None:
         request.tools = [t for t in request.tools if t.name in allowed]
         request.tool_choice = choice["mode"]
     elif isinstance(kind, str):
-        request.extra["tool_choice"] = choice  # one of the hosted tools
+        _drop(request, "tool_choice")  # one of the hosted tools
     else:
         raise BadRequest("tool_choice must be auto, none, required or name a tool", param="tool_choice")
 

@@ -72,7 +72,7 @@ def test_numbers_and_escapes_reach_the_upstream_digit_by_digit(app: MakeApp, ups
 
 
 def test_metadata_is_forwarded_only_to_an_upstream_that_wants_it(app: MakeApp, upstream: FakeUpstream) -> None:
-    extra = {"plugins": [], "trace": {"a": 1}, "session_id": "s", "models": ["fake-model"]}
+    extra: dict[str, Any] = {"plugins": [], "trace": {"a": 1}, "session_id": "s", "models": ["fake-model"]}
     post(app(provider="forward_metadata = true"), body=chat_body(**extra))
     sent = upstream.posts[0].json()
     assert (sent["trace"], sent["session_id"]) == ({"a": 1}, "s")

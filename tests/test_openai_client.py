@@ -245,7 +245,7 @@ def test_a_wrong_key(router: RouterFactory) -> None:
 
 def test_a_bad_request_names_the_field(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(model=MODEL, messages="hi")  # type: ignore[call-overload]
+        client.chat.completions.create(model=MODEL, messages="hi")  # type: ignore[arg-type]
     assert caught.value.param == "messages"
     assert caught.value.type == "invalid_request_error"
 
@@ -265,7 +265,7 @@ def test_a_stream_that_breaks_raises_an_api_error(
 ) -> None:
     beginning = stream_head() + chunks(openai_chunks("one two", finish=None, done=False)) + pause(0.2)
     upstream.script(beginning + BROKEN[how])
-    seen = []
+    seen: list[str] = []
     with stream_of(client) as events, pytest.raises(openai.APIError) as caught:
         seen.extend(event.choices[0].delta.content or "" for event in events)
     assert not isinstance(caught.value, (openai.APIConnectionError, openai.APIStatusError)), "in-band, the body ended well"

@@ -627,3 +627,106 @@ def test_the_models_of_the_request_are_tried_when_the_rules_run_out(router: Rout
     assert upstream.posts[0].json()["model"] == "known/b"
     assert answered.headers["x-router-rule"] == "models[1]"
     assert process.record()["rule"] == "models[1]"
+
+
+# --- who is asked
+
+THREE = """
+[[providers]]
+name = "dear"
+format = "openai"
+base_url = "{upstream}/dear"
+quality = 0.9
+cost_per_1m_tokens = 2.0
+[[providers]]
+name = "cheap"
+format = "openai"
+base_url = "{upstream}/cheap"
+quality = 0.5
+cost_per_1m_tokens = 0.1
+[[providers]]
+name = "twin"
+format = "openai"
+base_url = "{upstream}/twin"
+quality = 0.5
+cost_per_1m_tokens = 0.1
+"""
+
+
+@pytest.mark.parametrize(
+    ("bias", "order"),
+    [
+        ("", ["cheap", "twin", "dear"]),
+        ("quality_bias = 1.0", ["dear", "cheap", "twin"]),
+        ("quality_bias = 0.0", ["cheap", "twin", "dear"]),
+    ],
+)
+def test_fallback_asks_the_best_first_and_the_rest_in_order(
+    router: RouterFactory, upstream: FakeUpstream, bias: str, order: list[str]
+) -> None:
+    process = router(CONFIG_TWO, providers=THREE, rules=f'[[routers]]\ntype = "fallback"\n{bias}\n')
+    upstream.default = error_answer(503)
+    assert process.chat().status == 502
+    assert [attempt["provider"] for attempt in process.record()["attempts"]] == order
+
+
+def test_fallback_is_limited_to_the_providers_it_names(router: RouterFactory, upstream: FakeUpstream) -> None:
+    rules = '[[routers]]\ntype = "fallback"\nproviders = ["twin", "dear"]\n'
+    process = router(CONFIG_TWO, providers=THREE, rules=rules)
+    assert process.chat().headers["x-router-provider"] == "twin"
+    assert upstream.posts[0].path == "/twin/chat/completions"
+
+
+def test_random_draws_from_all_it_may(router: RouterFactory, upstream: FakeUpstream) -> None:
+    process = router(CONFIG_TWO, providers=THREE, rules='[[routers]]\ntype = "random"\n')
+    drawn = {process.chat().headers["x-router-provider"] for _ in range(60)}
+    assert drawn == {"dear", "cheap", "twin"}
+    assert {record["rule"] for record in process.settled(60)} == {"0:random"}
+
+
+def test_random_draws_from_pairs_of_provider_and_model(router: RouterFactory, upstream: FakeUpstream) -> None:
+    pairs = '[{ provider = "dear", model = "m1" }, { provider = "dear", model = "m2" }, { provider = "twin", model = "m3" }]'
+    process = router(CONFIG_TWO, providers=THREE, rules=f'[[routers]]\ntype = "random"\ncandidates = {pairs}\n')
+    for _ in range(60):
+        process.chat()
+    asked = {(request.path.split("/")[1], request.json()["model"]) for request in upstream.posts}
+    assert asked == {("dear", "m1"), ("dear", "m2"), ("twin", "m3")}
+
+
+def test_the_first_rule_that_matches_wins(router: RouterFactory) -> None:
+    rules = "".join(
+        f'[[routers]]\ntype = "prefix"\nmodel_prefix = "{prefix}"\nprovider = "{name}"\n'
+        for prefix, name in (("a", "dear"), ("ab", "cheap"), ("", "twin"))
+    )
+    process = router(CONFIG_TWO, providers=THREE, rules=rules)
+    chosen = []
+    for model in ("abc", "b"):
+        answered = process.post("/v1/chat/completions", {**chat_body(), "model": model})
+        chosen.append((answered.headers["x-router-provider"], answered.headers["x-router-rule"]))
+    assert chosen == [("dear", "0:prefix"), ("twin", "2:prefix")]
+
+
+def test_a_provider_that_keeps_failing_rests_and_one_probe_brings_it_back(router: RouterFactory, upstream: FakeUpstream) -> None:
+    config = CONFIG_TWO.replace("attempts = 3", "attempts = 1\n[breaker]\nfailures = 3\ncooldown_seconds = 1")
+    process = router(config)
+    upstream.script(*[error_answer(500)] * 3)
+    for _ in range(3):
+        assert process.chat().status == 502
+    assert process.stats()["providers"]["up"]["breaker"] == "open"
+    resting = process.chat()
+    assert resting.status == 503
+    assert 1 <= int(resting.headers["retry-after"]) <= 2
+    assert len(upstream.posts) == 3, "it was not asked"
+    until(lambda: process.chat().status == 200, 5, "the probe reopens it")
+    assert process.stats()["providers"]["up"]["breaker"] == "closed"
+    assert len(upstream.posts) == 4
+
+
+@pytest.mark.parametrize("status", [400, 404, 422])
+def test_a_refusal_does_not_make_a_provider_rest(router: RouterFactory, upstream: FakeUpstream, status: int) -> None:
+    config = CONFIG_TWO.replace("attempts = 3", "attempts = 1\n[breaker]\nfailures = 2\ncooldown_seconds = 60")
+    process = router(config)
+    upstream.script(*[error_answer(status)] * 5)
+    for _ in range(5):
+        process.chat()
+    assert process.chat().status == 200

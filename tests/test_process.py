@@ -410,21 +410,46 @@ def test_heads_are_held_back_so_that_an_early_failure_has_a_status(router: Route
 
 
 @pytest.mark.slow
-def test_a_waiting_client_gets_the_head_in_time_and_then_heartbeats(router: RouterFactory, upstream: FakeUpstream) -> None:
-    process = router(provider="read_timeout = 40")
+def test_waiting_clients_get_the_head_in_time_and_then_heartbeats(router: RouterFactory, upstream: FakeUpstream) -> None:
+    """One waits for the first word and one for the next, both for longer than two heartbeats are apart."""
+    process = router(provider="read_timeout = 60\nidle_timeout = 60")
     gate = threading.Event()
-    upstream.script(hold(gate, 60) + stream_head() + chunks(openai_chunks("slow")) + end())
-    asked = time.monotonic()
-    with process.stream(timeout=60) as reply:
-        assert reply.status == 200
-        assert time.monotonic() - asked < 12, "the head is held back for a few seconds, not for the model"
-        assert reply.next().startswith(b":")
-        assert time.monotonic() - asked < 25
-        gate.set()
-        assert reply.read().endswith(b"data: [DONE]\n\n")
-    record = process.record()
-    assert (record["outcome"], record["response"]["content"]) == ("ok", "slow")
-    assert record["ttft_ms"] > 4000
+    first = openai_chunks("early", finish=None, done=False)
+    rest = chunks(openai_chunks("slow")) + end()
+    before, between = hold(gate, 90) + stream_head() + rest, stream_head() + chunks(first) + hold(gate, 90) + rest
+
+    def wait(script: Script, beats: int) -> tuple[float, list[float]]:
+        upstream.script(script)
+        asked = time.monotonic()
+        with process.stream(timeout=60) as reply:
+            assert reply.status == 200
+            headed = time.monotonic() - asked
+            times: list[float] = []
+            for block in reply.blocks():
+                if block.startswith(b":"):
+                    times.append(time.monotonic() - asked)
+                if len(times) == beats:
+                    break
+            gate.wait(60)
+            assert reply.read().endswith(b"data: [DONE]\n\n")
+        return headed, times
+
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(wait, before, 2)
+        upstream.wait_for(1)
+        pausing = pool.submit(wait, between, 1)
+        until(lambda: gate.is_set() or waiting.done() or len(upstream.posts) == 2)
+        threading.Timer(36, gate.set).start()
+        headed, beats = waiting.result()
+        assert headed < 12, "the head is held back for a few seconds, not for the model"
+        assert beats[0] < 25
+        assert beats[1] - beats[0] < 17
+        headed, beats = pausing.result()
+        assert headed < 2
+        assert beats[0] < 17
+    records = process.settled(2)
+    assert {record["outcome"] for record in records} == {"ok"}
+    assert max(record["ttft_ms"] for record in records) > 10_000
 
 
 def test_a_bare_connection_that_says_nothing_useful_is_answered_and_closed(router: RouterFactory) -> None:

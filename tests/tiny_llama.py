@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,7 @@ class LlamaServer:
             self._child.wait()
 
 
-def running(folder: Path, **shape: int) -> Iterator[LlamaServer]:
+def running(folder: Path, **shape: int) -> Generator[LlamaServer, None, None]:
     """For a fixture: `yield from running(tmp_path)`."""
     server = LlamaServer(write_model(folder / "tiny.gguf", **shape), folder / "llama.log")
     try:
