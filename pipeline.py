@@ -26,6 +26,7 @@ from typing import Any
 
 import plugins
 import providers
+import telemetry
 from plugins import Part
 from providers import (
     Answer,
@@ -454,6 +455,7 @@ class Attempt:
             yield [(b"", [Used(Usage(input_tokens=estimate(request.text())))])]
             return
         self.call = self._language.build(request, self.candidate.model, self._lane.provider)
+        self._mark(self.call)
         self.record["kind"] = self.call.kind
         reply = self._reply = self._upstream.send(self.call, self._run)
         while not reply.head(self._run.until):
@@ -463,6 +465,17 @@ class Attempt:
         if reply.status != 200:
             raise self._refusal(reply)
         yield from self._stream(reply) if request.stream else self._whole(reply)
+
+    def _mark(self, call: Call) -> None:
+        """Give the provider the ids of the span that its own spans shall hang under."""
+        trace = self._run.trace
+        if trace is None:
+            return
+        self.record["span_id"] = trace.child_id()
+        if self._run.pipeline.propagate:
+            call.headers["traceparent"] = trace.traceparent(self.record["span_id"])
+            if trace.tracestate:
+                call.headers["tracestate"] = trace.tracestate
 
     def _refusal(self, reply: Reply) -> UpstreamError:
         body = providers.read_object(reply.read_all())
@@ -528,6 +541,10 @@ class Attempt:
         if self._reply is not None:
             self._reply.close()
         self.record["duration_ms"] = self._elapsed()
+        if timings := self._run.answer.timings:
+            told = {"load_ms": timings.load_ms, "prefill_ms": timings.prefill_ms, "decode_ms": timings.decode_ms}
+            self.record["timings"] = told
+        self.record["request_id"] = self._run.answer.id
         if error is not None:
             self.record["error"], self.record["error_type"] = str(error), error.code
         self._lane.answered(healthy)
@@ -592,6 +609,9 @@ class Run:
         self.ts_ns = time.time_ns()
         self.ts_ms = self.ts_ns // 1_000_000
         self.generation_id = f"gen-{self.ts_ms // 1000}-{''.join(random.choices(_ALPHABET, k=20))}"
+        observer = pipeline.telemetry
+        self.trace = observer.begin(arrival.traceparent, arrival.tracestate) if observer else None
+        telemetry.enter(self.trace)
         self.id, self.in_flight = pipeline.enter()
         self.answer = Answer()
         self.until = float("inf")
@@ -805,6 +825,7 @@ class Run:
         if self.attempt is not None:
             known["X-Router-Provider"] = self.attempt.candidate.lane.name
             known["X-Router-Model"] = self.attempt.candidate.model
+        known["X-Router-Trace-Id"] = self.trace.trace_id if self.trace else None
         known["X-Router-Request-Tags"] = ",".join(self.tags)
         if not self.request.stream and self._outcome == "ok":
             known["X-Router-Response-Tags"] = ",".join(self.answer.tags)
@@ -886,6 +907,7 @@ class Run:
         for part in self._parts:
             self._call_after(part, "on_end")
         self.pipeline.leave(self._record())
+        telemetry.leave()
 
     def _usage(self) -> tuple[Usage, str]:
         """Token counts and where they are from: the upstream, or four characters to the token of what was said."""
@@ -909,7 +931,8 @@ class Run:
         error = self._error
         return {
             "type": "complete", "id": self.id, "ts_ms": self.ts_ms, "ts_ns": self.ts_ns, "generation_id": self.generation_id,
-            "trace_id": None, "outcome": self._outcome, "status": self._status,
+            "trace_id": self.trace and self.trace.trace_id, "_trace": self.trace,
+            "outcome": self._outcome, "status": self._status,
             "error": str(error) if error else None, "error_type": error.code if error else None,
             "provider": last.get("provider"), "requested_model": self.request.model, "sent_model": last.get("model"),
             "stream": self.request.stream, "duration_ms": duration,
@@ -1165,6 +1188,8 @@ class Pipeline:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.sinks: list[Sink] = []
+        self.telemetry: telemetry.Telemetry | None = None
+        self.propagate = True
         self.aborting = False
         self.in_flight = 0
         self.budget = Budget()

@@ -371,6 +371,7 @@ def _ends_torn(path: Path) -> bool:
 
 def _line(record: dict[str, Any]) -> bytes:
     """One line of JSON, ASCII only. A lone surrogate (a client may send one as an escape) becomes U+FFFD."""
+    record = {key: value for key, value in record.items() if key[0] != "_"}
     line = providers.dumps(record)
     if "\\ud" in line:
         text = json.dumps(record, ensure_ascii=False).encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
@@ -469,7 +470,11 @@ class App:
         }
 
     def begin(self) -> None:
-        """Start what runs beside the requests: the search for models, where a provider can tell them."""
+        """Start what runs beside the requests: telemetry, and the search for models where a provider can tell them."""
+        if self.config.telemetry.enabled and self.pipeline.telemetry is None:
+            self.pipeline.telemetry = telemetry.start(self.config.telemetry, __version__)
+            self.pipeline.sinks.append(self.pipeline.telemetry.sink)
+            self.pipeline.propagate = self.config.telemetry.propagate
         if self._discovery is None and any(lane.discoverable for lane in self.pipeline.plan.lanes.values()):
             self._discovery = pipeline.Discovery(self.pipeline)
 
@@ -497,11 +502,13 @@ class App:
             self._discovery.close()
         if self.log:
             self.log.close()
+        if self.pipeline.telemetry:
+            self.pipeline.telemetry.flush_and_stop(self.config.telemetry.shutdown_seconds)
         for lane in self.pipeline.plan.lanes.values():
             lane.upstream.close()
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        path = self._path(environ)
+        path, began = self._path(environ), time.time_ns()
         try:
             answer = self._answer(environ, path)
         except RequestError as e:
@@ -509,7 +516,18 @@ class App:
         except Exception as e:  # noqa: BLE001 - the last resort: a bug is a logged 500 in the client's dialect
             log.error("internal error at %s:\n%s", path, trace_of(e))
             answer = self._error(RequestError("internal error; the router's log tells more"), path)
+        if self.pipeline.telemetry and isinstance(answer, Response) and answer.close is None and path not in _UNTRACED:
+            self._trace(environ, path, answer.status, began)
         return _send(answer, environ, start_response)
+
+    def _trace(self, environ: Mapping[str, Any], path: str, status: int, began_ns: int) -> None:
+        """The span of an HTTP request that was no LLM request, or none that was accepted."""
+        observer = self.pipeline.telemetry
+        assert observer is not None
+        trace = observer.begin(environ.get("HTTP_TRACEPARENT"), environ.get("HTTP_TRACESTATE"))
+        route = path if path in self._plain or path in self._llm else "/v1/models/{id}" if path.startswith("/v1/models/") else ""
+        duration = (time.time_ns() - began_ns) / 1e6
+        observer.http(environ["REQUEST_METHOD"], route, status, began_ns, duration, trace, environ.get("REMOTE_ADDR", ""))
 
     def _path(self, environ: Mapping[str, Any]) -> str:
         """The path below url_prefix; routing and the gate both go by it. "" is no path of ours."""
@@ -679,6 +697,7 @@ def _send(answer: Response | pipeline.Run, environ: Mapping[str, Any], start_res
         raise
 
 
+_UNTRACED = frozenset(("/health", "/dashboard", "/dashboard/events"))
 _STREAM_HEADERS = [
     ("Content-Type", "text/event-stream; charset=utf-8"),
     ("Cache-Control", "no-cache"),

@@ -524,11 +524,11 @@ class Renderer:
             return b""
         call.arguments = call.arguments or event.arguments[:1]
         named = {"name": call.name or ""} if first else {}
+        function = {**named, "arguments": event.arguments}
         if self._legacy:
-            piece = {"function_call": {**named, "arguments": event.arguments}}
-            return self._delta(piece) if event.index == min(self._calls) else b""
+            return self._delta({"function_call": function}) if event.index == min(self._calls) else b""
         head = {"id": call.id, "type": "function"} if first else {}
-        piece = {"index": event.index, **head, "function": {**named, "arguments": event.arguments}}
+        piece = {"index": event.index, **head, "function": function}
         return self._delta({"tool_calls": [piece]}) if first or event.arguments else b""
 
     def _finish(self, event: Finish) -> bytes:

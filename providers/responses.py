@@ -130,10 +130,11 @@ def _read_input(data: Mapping[str, Any], request: Request) -> None:
     for i, item in enumerate(items):
         place = f"input[{i}]"
         kind = _kind(item, place)
-        if kind in _ITEMS:
-            _join(request, *_ITEMS[kind](item, place))
-        else:
-            _drop(request, f"input.{kind}")  # a hosted tool's own trace; what came of it is in the messages
+        role, blocks = _ITEMS[kind](item, place) if kind in _ITEMS else ("", [])
+        if blocks:
+            _join(request, role, blocks)
+        elif f"input.{kind}" not in request.dropped:  # a hosted tool's trace, a thought that only its vendor can read
+            request.dropped.append(f"input.{kind}")
 
 
 def _kind(item: Any, place: str) -> str:
@@ -148,10 +149,6 @@ def _kind(item: Any, place: str) -> str:
     return kind
 
 
-def _drop(request: Request, name: str) -> None:
-    request.dropped += [name] if name not in request.dropped else []
-
-
 def _join(request: Request, role: str, blocks: list[Block]) -> None:
     """Add an item's blocks: to the turn that it continues, or as a new one."""
     last = request.messages[-1] if request.messages else None
@@ -159,7 +156,7 @@ def _join(request: Request, role: str, blocks: list[Block]) -> None:
         request.system += blocks
     elif last is not None and last.role == role and role in ("assistant", "tool"):
         last.content += blocks
-    elif blocks:
+    else:
         request.messages.append(Message(role, blocks))
 
 
@@ -262,17 +259,18 @@ def _tool(tool: Any, place: str) -> Tool:
 
 
 def _function(tool: Item, place: str) -> Tool:
-    parameters = tool.get("parameters") or {}
-    if not isinstance(parameters, dict):
-        raise BadRequest(f"{place}.parameters must be an object", param=f"{place}.parameters")
+    parameters = read_field(tool, "parameters", dict, "an object", place=place) or {}
     strict = {"strict": tool["strict"]} if tool.get("strict") is not None else {}
-    return Tool(_string(tool, "name", place), tool.get("description"), parameters, strict)
+    return Tool(_string(tool, "name", place), read_field(tool, "description", str, "a string", place=place), parameters, strict)
 
 
 def _custom(tool: Item, place: str) -> Tool:
     """A tool that takes free text: elsewhere a function with one string, and the grammar is told in words."""
     grammar = dig(tool, "format.definition")
-    told = [tool.get("description"), f"The input follows this grammar:\n{grammar}" if grammar else None]
+    told = [
+        read_field(tool, "description", str, "a string", place=place),
+        f"The input follows this grammar:\n{grammar}" if grammar else None,
+    ]
     schema = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
     return Tool(_string(tool, "name", place), "\n\n".join(t for t in told if t) or None, schema)
 
@@ -291,7 +289,7 @@ def _read_choice(choice: Any, request: Request) -> None:
         request.tools = [t for t in request.tools if t.name in allowed]
         request.tool_choice = choice["mode"]
     elif isinstance(kind, str):
-        _drop(request, "tool_choice")  # one of the hosted tools
+        request.dropped.append("tool_choice")  # one of the hosted tools
     else:
         raise BadRequest("tool_choice must be auto, none, required or name a tool", param="tool_choice")
 
