@@ -94,9 +94,7 @@ CONTENT_KEYS: Final = frozenset(
 )  # fmt: skip
 
 
-def encode(
-    record: Record, *, privacy: bool, service_name: str = "openrouter", service_version: str = "1.0.0"
-) -> dict[str, Any]:
+def encode(record: Record, *, privacy: bool, service_name: str = "openrouter", service_version: str = "1.0.0") -> dict[str, Any]:
     """Give the OTLP/HTTP JSON document of one finished request; one `resourceSpans` entry per span, as OpenRouter does."""
     about = {"service.name": service_name, "openrouter.trace.id": record["generation_id"], "service.version": service_version}
     return _document(list(about.items()), _spans(record, privacy, service_name))
@@ -634,17 +632,20 @@ class Destination:
         return f"Destination({self.name!r}, {self.type!r})"
 
 
+Place = tuple[str, dict[str, str]]  # URL and headers
+
+
 class Kind(NamedTuple):
     """One destination type: its own fields, and the URL and headers they become."""
 
     required: tuple[str, ...]
     optional: tuple[str, ...]
-    place: Callable[[Destination], tuple[str, dict[str, str]]]
+    place: Callable[[Destination, str], Place]
 
 
 def _home(url: str, scheme: str, ending: str, *strip: str) -> str:
     """Any of the forms people paste: with or without scheme, slash or part of the path."""
-    parts = urllib.parse.urlsplit(url.strip() if "://" in url else f"{scheme}://{url.strip()}")
+    parts = urllib.parse.urlsplit(url if "://" in url else f"{scheme}://{url}")
     path = parts.path.rstrip("/")
     for tail in strip:
         path = path.removesuffix(tail).rstrip("/")
@@ -653,51 +654,53 @@ def _home(url: str, scheme: str, ending: str, *strip: str) -> str:
 
 def _region(given: str, home: str) -> str:
     """A region's endpoint as it is, unless it is only a host."""
-    given = given.strip()
     if "://" in given and urllib.parse.urlsplit(given).path.strip("/"):
         return given
     return _home(given, "https", "/v1/traces", "/v1/traces") if given else home
 
 
-def _grafana(d: Destination) -> tuple[str, dict[str, str]]:
+def _grafana(d: Destination, url: str) -> Place:
     joined = base64.b64encode(f"{d.instance_id.strip()}:{d.api_key.strip()}".encode()).decode()
-    url = _home(d.base_url or GRAFANA_HOME, "https", "/otlp/v1/traces", "/v1/traces", "/otlp")
+    url = _home(url or GRAFANA_HOME, "https", "/otlp/v1/traces", "/v1/traces", "/otlp")
     return url, {"Authorization": f"Basic {joined}"}
 
 
-def _axiom(d: Destination) -> tuple[str, dict[str, str]]:
+def _axiom(d: Destination, url: str) -> Place:
     token = re.sub(r"(?i)^bearer\s+", "", d.token.strip())  # pasted with the word in front
     headers = {"Authorization": f"Bearer {token}", "X-Axiom-Dataset": d.dataset.strip()}
-    return _region(d.endpoint, "https://api.axiom.co/v1/traces"), headers
+    return _region(url, "https://api.axiom.co/v1/traces"), headers
 
 
-def _honeycomb(d: Destination) -> tuple[str, dict[str, str]]:
+def _honeycomb(d: Destination, url: str) -> Place:
     dataset = {"x-honeycomb-dataset": d.dataset.strip()} if d.dataset else {}
-    return _region(d.endpoint, "https://api.honeycomb.io/v1/traces"), {"x-honeycomb-team": d.api_key.strip()} | dataset
+    return _region(url, "https://api.honeycomb.io/v1/traces"), {"x-honeycomb-team": d.api_key.strip()} | dataset
 
 
-def _lightstep(d: Destination) -> tuple[str, dict[str, str]]:
-    return _region(d.endpoint, "https://ingest.lightstep.com/v1/traces"), {"lightstep-access-token": d.access_token.strip()}
+def _lightstep(d: Destination, url: str) -> Place:
+    return _region(url, "https://ingest.lightstep.com/v1/traces"), {"lightstep-access-token": d.access_token.strip()}
 
 
-def _receiver(tenant_header: str) -> Callable[[Destination], tuple[str, dict[str, str]]]:
-    def place(d: Destination) -> tuple[str, dict[str, str]]:
-        url = _home(d.base_url, "http", "/v1/traces", "/v1/traces")
-        return url, {tenant_header: d.tenant.strip()} if d.tenant else {}
+def _receiver(tenant_header: str) -> Callable[[Destination, str], Place]:
+    def place(d: Destination, url: str) -> Place:
+        return _home(url, "http", "/v1/traces", "/v1/traces"), {tenant_header: d.tenant.strip()} if d.tenant else {}
 
     return place
 
 
+def _as_it_is(_: Destination, url: str) -> Place:
+    return url, {}
+
+
 TYPES: Final[dict[str, Kind]] = {
-    "otel-collector": Kind(("endpoint",), ("headers",), lambda d: (d.endpoint.strip(), {})),
+    "otel-collector": Kind(("endpoint",), ("headers",), _as_it_is),
     "grafana": Kind(("instance_id", "api_key"), ("base_url", "headers"), _grafana),
     "axiom": Kind(("token", "dataset"), ("endpoint", "headers"), _axiom),
     "jaeger": Kind(("base_url",), ("tenant", "headers"), _receiver("x-tenant")),
     "tempo": Kind(("base_url",), ("tenant", "headers"), _receiver("X-Scope-OrgID")),
     "honeycomb": Kind(("api_key",), ("dataset", "endpoint", "headers"), _honeycomb),
     "lightstep": Kind(("access_token",), ("endpoint", "headers"), _lightstep),
-    "webhook": Kind(("url",), ("method", "headers"), lambda d: (d.url.strip(), {})),
-    "file": Kind(("path",), (), lambda d: ("", {})),
+    "webhook": Kind(("url",), ("method", "headers"), _as_it_is),
+    "file": Kind(("path",), (), _as_it_is),
 }
 SHARED: Final = ("name", "type", "enabled", "privacy_mode", "sampling_rate", "api_keys", "filter_rules")
 OWN_FIELDS: Final = tuple(f.name for f in fields(Destination) if f.name not in SHARED)
@@ -741,19 +744,23 @@ def check_headers(headers: Mapping[str, Any]) -> None:
 
 def target(d: Destination) -> Target:
     """Where `d` sends, by the type's table; raises ValueError, for a URL BadAddress."""
-    url, own = TYPES[d.type].place(d)
+    kind = TYPES[d.type]
+    key = next(name for name in URLS if name in kind.required + kind.optional)
+    pasted = getattr(d, key).strip()
+    if not pasted.isprintable() or " " in pasted or "\\" in pasted:
+        raise BadAddress(f"{key}: the URL holds a space, a backslash or a control character")
+    try:
+        url, own = kind.place(d, pasted)
+    except ValueError:
+        raise BadAddress(f"{key}: that is not a URL") from None
     if doubled := {name.lower() for name in own} & {name.lower() for name in d.headers}:
         raise ValueError(f"headers.{min(doubled)}: type {d.type} sets it from its own fields")
     given = {name: value.strip(" \t") for name, value in d.headers.items() if name.lower() != "content-type"}
-    kind = TYPES[d.type]
-    key = next(name for name in URLS if name in kind.required + kind.optional)
-    return Target(*split_url(url, key), d.method, given | own, d.type == "webhook")
+    return Target(*_split(url, key), d.method, given | own, d.type == "webhook")
 
 
-def split_url(url: str, key: str) -> tuple[str, str, int, str]:
+def _split(url: str, key: str) -> tuple[str, str, int, str]:
     """Scheme, host, port and path of a URL we would send to; raises BadAddress with the cure, in the name of `key`."""
-    if not url.isprintable() or " " in url or "\\" in url:
-        raise BadAddress(f"{key}: the URL holds a space, a backslash or a control character")
     try:
         parts = urllib.parse.urlsplit(url)
         port = PORTS.get(parts.scheme, 0) if parts.port is None else parts.port
@@ -1048,7 +1055,7 @@ class Store:
         self._limits = max_items, max_bytes
         self._lock = threading.RLock()
         _private_file(Path(path))
-        self._db = sqlite3.connect(path, timeout=5, isolation_level=None, check_same_thread=False)
+        self._db = sqlite3.connect(path, timeout=2, isolation_level=None, check_same_thread=False)
         for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "journal_size_limit=16777216"):
             self._db.execute(f"PRAGMA {pragma}")
         self._db.executescript(SCHEMA)
@@ -1106,7 +1113,7 @@ class Store:
                 self._count(db, destination, **{kind: n})
 
     def _count(self, db: sqlite3.Connection, destination: str, **kinds: int) -> None:
-        upsert = "INSERT INTO ledger VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET n = n + excluded.n"
+        upsert = "INSERT INTO ledger VALUES (?, ?, ?) ON CONFLICT (destination, kind) DO UPDATE SET n = n + excluded.n"
         db.executemany(upsert, [(destination, kind, n) for kind, n in kinds.items() if n])
 
     def _trim(self, db: sqlite3.Connection, destination: str) -> None:
@@ -1333,9 +1340,7 @@ class _Reading(io.RawIOBase):
         return self._wire.recv_into(buffer)
 
 
-def exchange(
-    to: Target, body: bytes, timeout: float, own: Own, opened: Callable[[Wire], None] = lambda _: None
-) -> Answer:
+def exchange(to: Target, body: bytes, timeout: float, own: Own, opened: Callable[[Wire], None] = lambda _: None) -> Answer:
     """Send one OTLP JSON request and judge the answer; never raises for anything the peer or the network does."""
     deadline, wire = time.monotonic() + timeout, None
     try:
@@ -1668,6 +1673,19 @@ GROUP_ITEMS, GROUP_WEIGHT = 256, 4 << 20  # of one commit
 INBOX_ITEMS, INBOX_WEIGHT = 10_000, 64 << 20  # in memory, while the disk does not answer
 
 
+def end(workers: list[Worker], deadline: float) -> None:
+    """Let them deliver until then, cut those that still wait, and do not wait for one that hangs all the same."""
+    for worker in workers:
+        worker.leave()
+    for worker in workers:
+        worker.join(deadline)
+    for worker in workers:
+        worker.cut()
+    grace = time.monotonic() + 0.5
+    for worker in workers:
+        worker.join(grace)
+
+
 class Entry(NamedTuple):
     """A destination as it is known here."""
 
@@ -1699,7 +1717,10 @@ class Writer:
 
     def put(self, record: Record) -> None:
         """Called in the request's thread: an append."""
-        heavy = weight(record)
+        try:
+            heavy = weight(record)
+        except (TypeError, AttributeError):  # an odd record is dealt with, and counted, where it is encoded
+            heavy = 0
         with self._lock:
             self._inbox.append((record, heavy))
             self._weight += heavy
@@ -1775,14 +1796,15 @@ class Worker:
         self._nudge.set()
         self._wake.set()
 
-    def stop(self, timeout: float) -> None:
-        """End at the latest then; what was on the wire stays queued and may arrive twice, under the same ids."""
-        self.leave()
-        self._thread.join(max(0.0, timeout))
+    def cut(self) -> None:
+        """End now; what is on the wire stays queued and may arrive twice, under the same ids."""
         self._stop = True
+        self.leave()
         if wire := self._wire:
             wire.cut()
-        self._thread.join(0.5)
+
+    def join(self, deadline: float) -> None:
+        self._thread.join(max(0.0, deadline - time.monotonic()))
 
     def _run(self) -> None:
         while not self._stop:
@@ -1905,6 +1927,10 @@ class Settings:
             raise ValueError(f"destinations: the name {doubled[0]!r} is used twice")
 
 
+class Unusable(ValueError):
+    """The database cannot be opened."""
+
+
 class ApiError(Exception):
     """An answer of the settings API that is not a success."""
 
@@ -1997,7 +2023,7 @@ class Broadcast:
                 self._store = self._store or Store(s.database, s.queue_max_items, s.queue_max_bytes)
             except (OSError, sqlite3.Error) as error:
                 why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-                raise ValueError(f"database: {s.database} cannot be used ({why}); move it away or mend it") from None
+                raise Unusable(f"database: {s.database} cannot be used ({why}); move it away or mend it") from None
             return self._store
 
     @property
@@ -2011,8 +2037,8 @@ class Broadcast:
         for identity, body, created, updated in self._store.saved() if self._store else []:
             try:
                 made.append(Entry(identity, _destination(body), "page", created, updated))
-            except ValueError as error:
-                warn(identity, f"a saved destination is no longer valid and rests: {error}")
+            except (ValueError, LookupError, TypeError):
+                warn(identity, f"a saved destination ({identity}) is no longer valid and rests")
         return made
 
     def _refresh(self) -> None:
@@ -2035,13 +2061,13 @@ class Broadcast:
             elif not active and self._writer:
                 writer, self._writer = self._writer, None
                 writer.stop(2.0)
+                self._search.close()
             for identity, entry in active.items():
                 if identity not in self._workers:
                     self._workers[identity] = Worker(self, entry)
                 elif self._workers[identity].entry != entry:
                     self._workers[identity].change(entry)
-        for worker in gone:
-            worker.stop(0.0)
+        end(gone, 0.0)
 
     def wake(self, destinations: Iterable[str]) -> None:
         for worker in map(self._workers.get, destinations):
@@ -2067,10 +2093,7 @@ class Broadcast:
             workers, self._workers = list(self._workers.values()), {}
         if writer:
             writer.stop(max(0.5, timeout))
-        for worker in workers:
-            worker.leave()
-        for worker in workers:
-            worker.stop(deadline - time.monotonic())
+        end(workers, deadline)
         self._search.close()
         if self._store:
             self._store.close()
@@ -2102,7 +2125,7 @@ class Broadcast:
             return error.reply
         except sqlite3.IntegrityError:
             return ApiError(409, "name: another destination has it", "name").reply
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, Unusable) as error:
             log.error("broadcast: the settings cannot be read or written: %s", type(error).__name__)
             return ApiError(503, "The settings cannot be read or written now").reply
         except ValueError as error:
@@ -2117,9 +2140,6 @@ class Broadcast:
                 return methods[method](self, body, *match.groups())
         raise ApiError(404, "There is nothing here")
 
-    def _get_switch(self, _: Any) -> Reply:
-        return 200, {"enabled": self.enabled}
-
     def _put_switch(self, body: Any) -> Reply:
         if not isinstance(_only(body, ("enabled",)).get("enabled"), bool):
             raise ApiError(400, "enabled: must be true or false", "enabled")
@@ -2128,9 +2148,6 @@ class Broadcast:
             self._apply()
         return 200, {"enabled": self.enabled}
 
-    def _list(self, _: Any) -> Reply:
-        return 200, {"destinations": [_shown(entry) for entry in self.entries()]}
-
     def _entry(self, identity: str, *, editable: bool = False) -> Entry:
         entry = next((entry for entry in self.entries() if entry.id == identity), None)
         if entry is None:
@@ -2138,9 +2155,6 @@ class Broadcast:
         if editable and entry.source == "file":
             raise ApiError(403, "This destination is in config.toml; change it there")
         return entry
-
-    def _get(self, _: Any, identity: str) -> Reply:
-        return 200, _shown(self._entry(identity))
 
     def _post(self, body: Any) -> Reply:
         if len(self.entries()) >= MOST_DESTINATIONS:
@@ -2212,7 +2226,8 @@ class Broadcast:
     def _draft(self, body: Any, stored: Entry | None) -> Destination:
         """The destination that `body` describes, on top of the stored one; masked values stand for what is stored."""
         merged = _body(stored.destination) if stored else {"config": {}}
-        merged |= {key: value for key, value in _only(body, EDITABLE + SHOWN_ONLY).items() if key in EDITABLE}
+        given = _only(body, EDITABLE + SHOWN_ONLY).items()
+        merged |= {k: v for k, v in given if k in EDITABLE and (v is not None or k in ("api_keys", "filter_rules"))}
         kind = merged.get("type")
         if not isinstance(kind, str) or kind not in TYPES:
             raise ApiError(400, f"type: must be one of {', '.join(name for name in TYPES if name != 'file')}", "type")
@@ -2228,11 +2243,17 @@ class Broadcast:
 
 
 ROUTES: Final[tuple[tuple[re.Pattern[str], dict[str, Callable[..., Reply]]], ...]] = (
-    (re.compile(r""), {"GET": Broadcast._get_switch, "PUT": Broadcast._put_switch}),
-    (re.compile(r"/destinations"), {"GET": Broadcast._list, "POST": Broadcast._post}),
+    (re.compile(r""), {"GET": lambda b, _: (200, {"enabled": b.enabled}), "PUT": Broadcast._put_switch}),
+    (
+        re.compile(r"/destinations"),
+        {"GET": lambda b, _: (200, {"destinations": [_shown(e) for e in b.entries()]}), "POST": Broadcast._post},
+    ),
     (re.compile(r"/destinations/test"), {"POST": Broadcast._test}),
     (re.compile(r"/destinations/([^/]+)/payload"), {"GET": Broadcast._payload}),
-    (re.compile(r"/destinations/([^/]+)"), {"GET": Broadcast._get, "PUT": Broadcast._put, "DELETE": Broadcast._delete}),
+    (
+        re.compile(r"/destinations/([^/]+)"),
+        {"GET": lambda b, _, identity: (200, _shown(b._entry(identity))), "PUT": Broadcast._put, "DELETE": Broadcast._delete},
+    ),
 )
 
 

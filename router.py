@@ -16,6 +16,7 @@ import os
 import queue
 import re
 import resource
+import secrets
 import signal
 import socket
 import stat
@@ -32,6 +33,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 import pipeline
 import plugins
@@ -137,6 +139,8 @@ class Config:
     plugins: dict[str, dict[str, Any]] = field(default_factory=dict)
     classifiers: dict[str, dict[str, Any]] = field(default_factory=dict)
     response_classifiers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    broadcast: Any = None
+    """The [broadcast] section as broadcast.Settings; None, and that room not imported, where the file has none."""
 
     def __post_init__(self) -> None:
         names = [p.name for p in self.providers]
@@ -166,7 +170,13 @@ def load(path: str | Path, environ: Mapping[str, str] = os.environ) -> Config:
     except tomllib.TOMLDecodeError as e:
         raise ConfigError(f"{path}: is not TOML: {e}") from None
     reader = Reader(environ)
+    section = table.pop("broadcast", None)
     config: Config = reader.read(Config, table, path.name)
+    if section is not None:
+        import broadcast
+
+        settings = reader.read(broadcast.Settings, section, f"{path.name}.broadcast")
+        config = dataclasses.replace(config, broadcast=settings)
     overridden = telemetry.from_environment(config.telemetry, table.get("telemetry", {}), environ)
     return dataclasses.replace(config, telemetry=overridden)
 
@@ -406,6 +416,7 @@ class Response:
     content_type: str = "application/json"
     headers: Sequence[tuple[str, str]] = ()
     close: Callable[[], None] | None = None
+    stream: Iterable[bytes] | None = None
 
 
 class Whole:
@@ -442,6 +453,9 @@ def face_of(path: str) -> Any:
     return providers.language(name if name in providers.formats("parse_request") else "openai")
 
 
+Methods = dict[str, Callable[[dict[str, Any], str], Response]]
+
+
 class App:
     """The router as a WSGI callable (PEP 3333); `close` lets go of everything it holds."""
 
@@ -451,6 +465,8 @@ class App:
         self.keys, plan = prepare(config, environ, source)
         self.pipeline = pipeline.Pipeline(plan)
         self.draining = False
+        self.port = config.server.port
+        self._opening = threading.Lock()
         self._discovery: pipeline.Discovery | None = None
         self.refused: Counter[str] = Counter()
         self._started = time.monotonic()
@@ -458,11 +474,27 @@ class App:
         if self.log:
             self.pipeline.sinks.append(self.log.sink)
         self._prefix = config.server.url_prefix
-        self._plain: dict[str, dict[str, Callable[[dict[str, Any], str], Response]]] = {
+        self.broadcast: Any = None
+        self.dashboard: Any = None
+        self._sessions: dict[str, tuple[float, str | None]] = {}
+        if config.server.dashboard:
+            import dashboard
+
+            self.dashboard = dashboard.Dashboard(
+                max_watchers=config.server.watchers, spans=telemetry.spans, trace_url=config.server.trace_url
+            )
+            self.pipeline.sinks.append(self.dashboard.sink)
+        self._plain: dict[str, Methods] = {
             "/health": {"GET": self._health},
             "/v1/models": {"GET": self._models},
             "/api/v1/stats": {"GET": self._stats},
         }
+        settings: Methods = dict.fromkeys(("GET", "POST", "PUT", "DELETE"), self._observability)
+        self._below: dict[str, Methods] = {"/v1/models/": {"GET": self._model}, "/api/v1/observability": settings}
+        if self.dashboard:
+            self._plain["/dashboard/events"] = {"GET": self._events}
+            self._plain["/dashboard/session"] = {"POST": self._sign_in, "DELETE": self._sign_out}
+            self._below |= {"/dashboard": {"GET": self._page}, "/api/v1/dashboard/": {"GET": self._page_data}}
         self._llm: dict[str, Callable[..., providers.Request]] = {
             path: getattr(providers.language(face), parse)
             for path, (face, parse) in ASKED.items()
@@ -475,6 +507,8 @@ class App:
             self.pipeline.telemetry = telemetry.start(self.config.telemetry, __version__)
             self.pipeline.sinks.append(self.pipeline.telemetry.sink)
             self.pipeline.propagate = self.config.telemetry.propagate
+        if self.config.broadcast is not None or (self.dashboard and Path("state/broadcast.db").exists()):
+            self.broadcasting()
         if self._discovery is None and any(lane.discoverable for lane in self.pipeline.plan.lanes.values()):
             self._discovery = pipeline.Discovery(self.pipeline)
 
@@ -502,6 +536,10 @@ class App:
             self._discovery.close()
         if self.log:
             self.log.close()
+        if self.dashboard:
+            self.dashboard.close_all()
+        if self.broadcast:
+            self.broadcast.close(2.0)
         if self.pipeline.telemetry:
             self.pipeline.telemetry.flush_and_stop(self.config.telemetry.shutdown_seconds)
         for lane in self.pipeline.plan.lanes.values():
@@ -516,7 +554,7 @@ class App:
         except Exception as e:  # noqa: BLE001 - the last resort: a bug is a logged 500 in the client's dialect
             log.error("internal error at %s:\n%s", path, trace_of(e))
             answer = self._error(RequestError("internal error; the router's log tells more"), path)
-        if self.pipeline.telemetry and isinstance(answer, Response) and answer.close is None and path not in _UNTRACED:
+        if self.pipeline.telemetry and isinstance(answer, Response) and answer.close is None and not path.startswith(_UNTRACED):
             self._trace(environ, path, answer.status, began)
         return _send(answer, environ, start_response)
 
@@ -525,7 +563,8 @@ class App:
         observer = self.pipeline.telemetry
         assert observer is not None
         trace = observer.begin(environ.get("HTTP_TRACEPARENT"), environ.get("HTTP_TRACESTATE"))
-        route = path if path in self._plain or path in self._llm else "/v1/models/{id}" if path.startswith("/v1/models/") else ""
+        known = path in self._plain or path in self._llm
+        route = path if known else next((place for place in self._below if _is_below(path, place)), "")
         duration = (time.time_ns() - began_ns) / 1e6
         observer.http(environ["REQUEST_METHOD"], route, status, began_ns, duration, trace, environ.get("REMOTE_ADDR", ""))
 
@@ -543,48 +582,154 @@ class App:
 
     def _answer(self, environ: dict[str, Any], path: str) -> Response | pipeline.Run:
         if path == "/health":
-            return self._plain[path][self._method(environ, path)](environ, path)
-        key_name = self._gate(environ)
-        method = self._method(environ, path)
-        if path in self._llm:
-            return self._run(environ, path, key_name)
-        handler = self._plain[path][method] if path in self._plain else self._model
-        return handler(environ, path)
+            return self._handler(environ, path)(environ, path)
+        if path.startswith(_FOR_PAGES):
+            self._check_host(environ)
+        key_name = self._gate(environ, path)
+        if isinstance(key_name, Response):
+            return key_name
+        handler = self._handler(environ, path)
+        return self._run(environ, path, key_name) if path in self._llm else handler(environ, path)
 
-    def _method(self, environ: Mapping[str, Any], path: str) -> str:
-        """The method, HEAD as GET; raises 404 for an unknown path and 405 with Allow for a method it does not have."""
-        known = ["POST"] if path in self._llm else list(self._plain.get(path, ()))
-        if path.startswith("/v1/models/"):
-            known = ["GET"]
-        if not known:
-            raise Refused("there is nothing at this path", status=404, kind="not_found", code="not_found", reason="not_found")
-        method = "GET" if environ["REQUEST_METHOD"] == "HEAD" else environ["REQUEST_METHOD"]
-        if method not in known:
-            allow = ", ".join(sorted([*known, *(["HEAD"] if "GET" in known else [])]))
-            text = f"the method {environ['REQUEST_METHOD'][:20]} is not allowed here, only {allow}"
-            raise Refused(
-                text,
-                status=405,
-                kind="invalid_request",
-                code="method_not_allowed",
-                headers={"allow": allow},
-                reason="method",
-            )
-        return str(method)
+    def _handler(self, environ: Mapping[str, Any], path: str) -> Callable[[dict[str, Any], str], Response]:
+        """Who answers; raises 404 for an unknown path and 405 with Allow for a method it does not have. HEAD is GET."""
+        methods: Methods | None = {"POST": self._nowhere} if path in self._llm else self._plain.get(path)
+        if methods is None:
+            methods = next((m for place, m in self._below.items() if _is_below(path, place)), None)
+        if methods is None:
+            self._nowhere({}, path)
+        assert methods is not None
+        told = environ["REQUEST_METHOD"]
+        method = "GET" if told == "HEAD" else told
+        if method not in methods:
+            allow = ", ".join(sorted([*methods, *(["HEAD"] if "GET" in methods else [])]))
+            raise Refused(f"the method {told[:20]} is not allowed here, only {allow}", status=405, kind="invalid_request",
+                          code="method_not_allowed", headers={"allow": allow}, reason="method")  # fmt: skip
+        return methods[method]
+
+    def _nowhere(self, environ: dict[str, Any], path: str) -> Response:
+        raise Refused("there is nothing at this path", status=404, kind="not_found", code="not_found", reason="not_found")
 
     # the gate
-    def _gate(self, environ: Mapping[str, Any]) -> str | None:
-        """The name of the key a request came with (None where none is needed). Raises 401 alike for every wrong one."""
+    def _gate(self, environ: Mapping[str, Any], path: str) -> str | Response | None:
+        """The name of the key a request came with (None where none is needed); the sign-in page for a person without
+        one. Raises 401 alike for every wrong key."""
         if not self.keys:
             return None
-        told, matched = _credential(environ), None
-        for key in self.keys:
-            if hmac.compare_digest(told, key):  # on bytes: a str with non-ASCII characters would raise
-                matched = key
+        told = _credential(environ, path)
+        if told is None and self.dashboard:
+            session = self._sessions.get(_cookie(environ))
+            if session is not None and session[0] > time.monotonic():
+                return session[1]
+            if environ["REQUEST_METHOD"] in ("GET", "HEAD", "POST") and path in _SIGN_IN:
+                return self._sign_in_page(environ, path)
+        matched = self._matching(told or b"")
         if matched is None:
             raise Refused("a valid API key is needed", status=401, kind="authentication", code="invalid_api_key",
                           headers={"www-authenticate": "Bearer"}, reason="unauthorized")  # fmt: skip
         return self.keys[matched]
+
+    def _matching(self, told: bytes) -> bytes | None:
+        matched = None
+        for key in self.keys:
+            if hmac.compare_digest(told, key):  # on bytes: a str with non-ASCII characters would raise
+                matched = key
+        return matched
+
+    def _check_host(self, environ: Mapping[str, Any]) -> None:
+        """The pages answer under our own names only, or any web site could reach them by a name that leads here (DNS
+        rebinding); and what they change is changed for our own pages only."""
+        host = environ.get("HTTP_HOST")
+        if host is not None and not self._is_ours(host):
+            raise _forbidden("this Host is none of ours; server.allowed_hosts takes further names")
+        origin = environ.get("HTTP_ORIGIN")
+        changes = environ["REQUEST_METHOD"] not in ("GET", "HEAD")
+        if changes and origin is not None and origin.partition("://")[2] != (host or ""):
+            raise _forbidden("a page of another origin may change nothing here")
+
+    def _is_ours(self, host: str) -> bool:
+        name = re.sub(r":\d+$", "", host).strip("[]").lower()
+        if re.fullmatch(r"[0-9.]+|[0-9a-f:]*:[0-9a-f:.]*", name):
+            return True  # an address leads where it says
+        return name in ("localhost", self.config.server.host.lower(), *(h.lower() for h in self.config.server.allowed_hosts))
+
+    # the pages and their API
+    def _page(self, environ: dict[str, Any], path: str) -> Response:
+        asset = self.dashboard.asset(path.removeprefix("/dashboard").strip("/"))
+        if asset is None:
+            return self._nowhere(environ, path)
+        return Response(200, asset[1], asset[0], headers=_PAGE_HEADERS)
+
+    def _page_data(self, environ: dict[str, Any], path: str) -> Response:
+        query = dict(parse_qsl(environ.get("QUERY_STRING", "")))
+        told = self.dashboard.api(path.removeprefix("/api/v1/dashboard"), query)
+        return self._nowhere(environ, path) if told is None else _json(told)
+
+    def _events(self, environ: dict[str, Any], path: str) -> Response:
+        import dashboard
+
+        gone = environ.get("waitress.client_disconnected", bool)
+        try:
+            watcher = self.dashboard.watch(_header(environ, "HTTP_LAST_EVENT_ID"), lambda: gone() or self.draining)
+        except dashboard.Full:
+            text = f"{self.config.server.watchers} watchers are there already (server.max_watchers)"
+            raise Refused(text, status=503, kind="overloaded", code="too_many_watchers", headers={"retry-after": "10"},
+                          reason="watchers") from None  # fmt: skip
+        return Response(200, b"", stream=watcher, close=watcher.close)
+
+    def _observability(self, environ: dict[str, Any], path: str) -> Response:
+        body = None
+        raw = self._body(environ)
+        if environ["REQUEST_METHOD"] in ("POST", "PUT") or raw:
+            if environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower() != "application/json":
+                raise Refused("the settings API takes application/json", status=415, kind="invalid_request",
+                              code="unsupported_media_type", reason="unsupported_media_type")  # fmt: skip
+            body = providers.Body(raw).data
+        status, told = self.broadcasting().api(environ["REQUEST_METHOD"], path.removeprefix("/api/v1/observability"), body)
+        return _json(told, status)
+
+    def broadcasting(self) -> Any:
+        """The broadcast room, opened when it is first needed: at start if it is configured, else by the settings API."""
+        with self._opening:
+            if self.broadcast is None:
+                import broadcast
+
+                settings = self.config.broadcast or broadcast.Settings()
+                self.broadcast = broadcast.Broadcast(settings, listening=self._own_addresses)
+                self.pipeline.sinks.append(self.broadcast.sink)
+        return self.broadcast
+
+    def _own_addresses(self) -> set[tuple[str, int]]:
+        return set() if self.config.server.unix_socket else {(self.config.server.host, self.port)}
+
+    def _sign_in_page(self, environ: Mapping[str, Any], path: str) -> Response:
+        if path == "/dashboard/session":
+            return self._handler(environ, path)(dict(environ), path)
+        name = path.removeprefix("/dashboard/") if path.startswith("/dashboard/sign-in") else "sign-in"
+        kind, content = self.dashboard.asset(name)
+        return Response(200 if name != "sign-in" else 401, content, kind, headers=_PAGE_HEADERS)
+
+    def _sign_in(self, environ: dict[str, Any], path: str) -> Response:
+        """Trade a key for a session cookie, so that the page need not keep the key."""
+        key = providers.Body(self._body(environ)).data.get("key")
+        matched = self._matching(key.strip().encode("latin-1", "replace")) if isinstance(key, str) else None
+        if matched is None:
+            raise Refused(
+                "this is not a valid key", status=401, kind="authentication", code="invalid_api_key", reason="unauthorized"
+            )
+        now = time.monotonic()
+        kept = [(token, session) for token, session in self._sessions.items() if session[0] > now]
+        token = secrets.token_urlsafe(32)
+        self._sessions = {**dict(kept[-999:]), token: (now + _SESSION_SECONDS, self.keys[matched])}
+        return Response(204, b"", headers=[("Set-Cookie", self._cookie_of(environ, token, _SESSION_SECONDS))])
+
+    def _sign_out(self, environ: dict[str, Any], path: str) -> Response:
+        self._sessions.pop(_cookie(environ), None)
+        return Response(204, b"", headers=[("Set-Cookie", self._cookie_of(environ, "", 0))])
+
+    def _cookie_of(self, environ: Mapping[str, Any], token: str, seconds: int) -> str:
+        secure = "; Secure" if environ["wsgi.url_scheme"] == "https" else ""
+        return f"{_COOKIE}={token}; Path={self._prefix or '/'}; Max-Age={seconds}; HttpOnly; SameSite=Strict{secure}"
 
     # LLM requests
     def _run(self, environ: dict[str, Any], path: str, key_name: str | None) -> Response | pipeline.Run:
@@ -659,13 +804,13 @@ class App:
         """What /api/v1/stats answers."""
         written = {"written": self.log.written, "dropped": self.log.dropped} if self.log else {"written": 0, "dropped": 0}
         uptime = round(time.monotonic() - self._started, 3)
+        seen = self.pipeline.telemetry
         return {
-            "version": __version__,
-            "uptime_s": uptime,
-            **self.pipeline.stats(),
-            "refused": dict(self.refused),
-            "log": written,
-        }
+            "version": __version__, "uptime_s": uptime, **self.pipeline.stats(), "refused": dict(self.refused), "log": written,
+            "telemetry": seen.stats() if seen else {"enabled": False},
+            "broadcast": self.broadcast.stats() if self.broadcast else {"enabled": False, "destinations": {}},
+            "feed": self.dashboard.stats() if self.dashboard else {"watchers": 0, "skipped": 0},
+        }  # fmt: skip
 
     def _error(self, error: RequestError, path: str, run: pipeline.Run | None = None) -> Response:
         if isinstance(error, Refused):
@@ -687,17 +832,20 @@ def _send(answer: Response | pipeline.Run, environ: Mapping[str, Any], start_res
         if isinstance(answer, pipeline.Run):
             start_response("200 OK", [*_STREAM_HEADERS, *answer.headers()])
             return answer
-        headers = [("Content-Type", answer.content_type), ("Content-Length", str(len(answer.body))), *answer.headers]
-        start_response(f"{answer.status} {REASONS.get(answer.status, 'Error')}", [(_cased(k), v) for k, v in headers])
-        body = dataclasses.replace(answer, body=b"") if environ["REQUEST_METHOD"] == "HEAD" else answer
-        return Whole(body)
+        if answer.stream is not None:
+            start_response("200 OK", [*_STREAM_HEADERS, ("X-Content-Type-Options", "nosniff")])
+            return answer.stream
+        kind = [] if answer.status == 204 else [("Content-Type", answer.content_type), ("Content-Length", str(len(answer.body)))]
+        headers = [(_cased(k), v) for k, v in (*kind, *answer.headers)]
+        start_response(f"{answer.status} {REASONS.get(answer.status, 'Error')}", headers)
+        return Whole(dataclasses.replace(answer, body=b"") if environ["REQUEST_METHOD"] == "HEAD" else answer)
     except BaseException:
         if answer.close:
             answer.close()
         raise
 
 
-_UNTRACED = frozenset(("/health", "/dashboard", "/dashboard/events"))
+_UNTRACED = ("/health", "/dashboard")
 _STREAM_HEADERS = [
     ("Content-Type", "text/event-stream; charset=utf-8"),
     ("Cache-Control", "no-cache"),
@@ -728,11 +876,40 @@ def _header(environ: Mapping[str, Any], name: str) -> str | None:
     return None if value is None else str(value).encode("latin-1").decode("utf-8", "replace")
 
 
-def _credential(environ: Mapping[str, Any]) -> bytes:
-    """The key a request came with: Authorization: Bearer, else x-api-key."""
+def _credential(environ: Mapping[str, Any], path: str) -> bytes | None:
+    """The key a request came with: Authorization: Bearer, else x-api-key, else in the address of the page and its feed."""
     scheme, _, token = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
-    told = token.strip() if scheme.lower() == "bearer" else environ.get("HTTP_X_API_KEY", "")
-    return bytes(told, "latin-1")
+    told = token.strip() if scheme.lower() == "bearer" else environ.get("HTTP_X_API_KEY")
+    if told is None and path in ("/dashboard", "/dashboard/events") and environ["REQUEST_METHOD"] == "GET":
+        told = dict(parse_qsl(environ.get("QUERY_STRING", ""), encoding="latin-1")).get("api_key")
+    return None if told is None else told.encode("latin-1", "replace")
+
+
+def _cookie(environ: Mapping[str, Any]) -> str:
+    found = re.search(rf"(?:^|;)\s*{_COOKIE}=([\w-]+)", environ.get("HTTP_COOKIE", ""))
+    return found[1] if found else ""
+
+
+def _is_below(path: str, place: str) -> bool:
+    """Does a path belong to a place of the route table? One with a slash at its end holds only what is below it."""
+    return path.startswith(place) and (place.endswith("/") or path[len(place) :][:1] in ("", "/"))
+
+
+def _forbidden(text: str) -> Refused:
+    return Refused(text, status=403, kind="permission", code="forbidden", reason="forbidden")
+
+
+_COOKIE = "opensourcellmrouter"
+_SESSION_SECONDS = 12 * 3600
+_SIGN_IN = frozenset(("/dashboard", "/dashboard/", "/dashboard/observability", "/dashboard/session",
+                      "/dashboard/sign-in.js", "/dashboard/sign-in.css"))  # fmt: skip
+_FOR_PAGES = ("/dashboard", "/api/v1/stats", "/api/v1/observability", "/api/v1/dashboard")
+_PAGE_HEADERS = (
+    ("Content-Security-Policy", "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+     "img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"),
+    ("X-Content-Type-Options", "nosniff"), ("X-Frame-Options", "DENY"), ("Referrer-Policy", "no-referrer"),
+    ("Cache-Control", "no-store"),
+)  # fmt: skip
 
 
 def _arrival(environ: Mapping[str, Any], path: str, key_name: str | None) -> pipeline.Arrival:
@@ -1145,6 +1322,7 @@ def start_logging(level: int = logging.INFO) -> None:
     logging.basicConfig(level=level, handlers=[handler])
     logging.getLogger("waitress").setLevel(logging.ERROR)  # it reports every client that leaves; the records tell that
     logging.getLogger("urllib3").setLevel(logging.ERROR)
+    logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # the telemetry room tells of failures itself, once a minute
 
 
 def serve(args: Any) -> int:
@@ -1157,6 +1335,7 @@ def serve(args: Any) -> int:
     except ConfigError:
         listener.close()
         raise
+    app.port = config.server.port if config.server.unix_socket else listener.getsockname()[1]
     service = Service(app, listener, Path(args.config))
     where = config.server.unix_socket or "http://{}:{}".format(*listener.getsockname()[:2])
     log.info("opensourcellmrouter %s listens on %s%s", __version__, where, config.server.url_prefix)

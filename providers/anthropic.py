@@ -133,6 +133,8 @@ def _read_messages(data: Mapping[str, Any], request: Request) -> None:
         said = [b for b in blocks if not (b["type"] == "tool_result" and m["role"] == "user")]
         request.messages += [Message("tool", results)] if results else []
         request.messages += [Message(m["role"], said)] if said or not results else []
+    if request.messages[-1].role == "assistant":
+        request.dropped.append("prefill")  # elsewhere an answer begins anew
 
 
 def _content(content: Any, place: str) -> list[Block]:

@@ -373,7 +373,7 @@ def render(answer: Answer, request: Request, stamp: Stamp) -> dict[str, Any]:
     """A chat.completion object (or a list of embeddings) with every field that the published schema requires."""
     if request.operation == "embeddings":
         return _render_vectors(answer, request, stamp)
-    choices = [_choice(answer, index, "".join(text), request) for index, text in sorted(answer.choices.items())]
+    choices = [_choice(answer, index, "".join(text), request, stamp) for index, text in sorted(answer.choices.items())]
     rendered = {
         "id": f"chatcmpl-{stamp.id}",
         "object": "chat.completion",
@@ -384,11 +384,12 @@ def render(answer: Answer, request: Request, stamp: Stamp) -> dict[str, Any]:
     return {**rendered, "usage": render_usage(answer.usage)} if answer.usage else rendered
 
 
-def _choice(answer: Answer, index: int, text: str, request: Request) -> dict[str, Any]:
+def _choice(answer: Answer, index: int, text: str, request: Request, stamp: Stamp) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": text or None, "refusal": None}
     if index == 0 and answer.reasoning:
         message["reasoning_content"] = answer.reasoning
-    calls = [c for _, c in sorted(answer.tool_calls.items())] if index == 0 else []
+    made = [ToolCall(i, c.id or _made_id(stamp, i), c.name, c.arguments) for i, c in sorted(answer.tool_calls.items())]
+    calls = made if index == 0 else []
     if calls:
         message |= _called(calls, request)
     elif not text:
@@ -405,6 +406,11 @@ def _called(calls: list[ToolCall], request: Request) -> dict[str, Any]:
     return {"tool_calls": [_custom_call(c) if c.name in custom else _call(c) for c in calls]}
 
 
+def _made_id(stamp: Stamp, index: int) -> str:
+    """An id for a call that came without one: no other answer in the same conversation has it."""
+    return f"call_{stamp.id}_{index}"
+
+
 def _is_legacy(request: Request) -> bool:
     return request.format == "openai" and "functions" in request.body.data and "tools" not in request.body.data
 
@@ -415,7 +421,7 @@ def _custom_names(request: Request) -> set[str]:
 
 def _call(call: ToolCall) -> dict[str, Any]:
     return {
-        "id": call.id or f"call_{call.index}",
+        "id": call.id or "",
         "type": "function",
         "function": {"name": call.name or "", "arguments": call.arguments or "{}"},
     }
@@ -424,7 +430,7 @@ def _call(call: ToolCall) -> dict[str, Any]:
 def _custom_call(call: ToolCall) -> dict[str, Any]:
     told = dig(read_object(call.arguments.encode("utf-8", "surrogatepass")), "input")
     text = told if isinstance(told, str) else call.arguments
-    return {"id": call.id or f"call_{call.index}", "type": "custom", "custom": {"name": call.name or "", "input": text}}
+    return {"id": call.id or "", "type": "custom", "custom": {"name": call.name or "", "input": text}}
 
 
 def _reason(finish: Finish | None, calls: bool, request: Request) -> str:
@@ -477,7 +483,7 @@ class Renderer:
             "created": stamp.created,
             "model": stamp.model,
         }
-        self._request = request
+        self._request, self._stamp = request, stamp
         self._usage: Usage | None = None
         self._begun: set[int] = set()
         self._finished: set[int] = set()
@@ -518,7 +524,8 @@ class Renderer:
         """A piece of a call: id and name with the first one only, for clients join what comes twice. Free text comes in
         one piece, once its JSON is complete; of legacy calls there can be but one."""
         first = event.index not in self._calls
-        call = self._calls.setdefault(event.index, ToolCall(event.index, event.id or f"call_{event.index}", event.name))
+        id = event.id or _made_id(self._stamp, event.index)
+        call = self._calls.setdefault(event.index, ToolCall(event.index, id, event.name))
         if call.name in self._custom:
             call.arguments += event.arguments
             return b""
@@ -652,7 +659,8 @@ def _rebuild(request: Request, model: str, provider: Provider, dropped: list[str
     body: dict[str, Any] = {"model": model, "messages": _build_messages(request, vendor, dropped)}
     body |= {name: value for name in _SAME if (value := getattr(request, name)) is not None}
     if request.max_tokens is not None:
-        body["max_completion_tokens" if vendor or _REASONER.search(model) else "max_tokens"] = request.max_tokens
+        newer = vendor or _REASONER.search(model) or (own and "max_completion_tokens" in request.body.data)
+        body["max_completion_tokens" if newer else "max_tokens"] = request.max_tokens
     if request.stop:
         body["stop"] = request.stop
     if request.n != 1:
@@ -717,8 +725,8 @@ def _build_messages(request: Request, vendor: bool, dropped: list[str]) -> list[
             built.append(_build_assistant(message, request, vendor, dropped))
         else:
             built.append(_build_plain(message, request, dropped))
-    cached = (b for blocks in (request.system, *(m.content for m in request.messages)) for b in blocks)
-    dropped += ["cache_control"] if any("cache_control" in b for b in cached) else []
+    blocks = [*request.system, *(b for m in request.messages for b in m.content)]
+    dropped += [name for name in ("cache_control", "citations", "transformations") if any(b.get(name) for b in blocks)]
     return built
 
 
@@ -814,8 +822,11 @@ def _build_tool(tool: Tool, own: bool) -> dict[str, Any]:
     if own and "custom" in tool.extra:
         return {"type": "custom", "custom": tool.extra["custom"]}
     described = {"description": tool.description} if tool.description else {}
+    bare = tool.parameters == {} or own  # what is said must be a whole schema, but nothing need be said
+    schema = tool.parameters if bare else {"type": "object", "properties": {}, **tool.parameters}
     strict = {"strict": tool.extra["strict"]} if tool.extra.get("strict") is not None else {}
-    return {"type": "function", "function": {"name": tool.name, **described, "parameters": tool.parameters, **strict}}
+    told = {"name": tool.name, **described, **({"parameters": schema} if schema else {}), **strict}
+    return {"type": "function", "function": told}
 
 
 def _build_choice(choice: str, custom: set[str]) -> Any:

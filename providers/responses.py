@@ -266,11 +266,8 @@ def _function(tool: Item, place: str) -> Tool:
 
 def _custom(tool: Item, place: str) -> Tool:
     """A tool that takes free text: elsewhere a function with one string, and the grammar is told in words."""
-    grammar = dig(tool, "format.definition")
-    told = [
-        read_field(tool, "description", str, "a string", place=place),
-        f"The input follows this grammar:\n{grammar}" if grammar else None,
-    ]
+    described, grammar = read_field(tool, "description", str, "a string", place=place), dig(tool, "format.definition")
+    told = [described, f"The input follows this grammar:\n{grammar}" if grammar else None]
     schema = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
     return Tool(_string(tool, "name", place), "\n\n".join(t for t in told if t) or None, schema)
 

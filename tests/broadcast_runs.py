@@ -18,7 +18,7 @@ def collector(name: str, url: str, **more: Any) -> Destination:
 
 
 def configured(folder: Path, *destinations: Destination, **settings: Any) -> Settings:
-    given = {"enabled": True, "database": str(folder / "state" / "broadcast.db"), "destinations": destinations}
+    given: dict[str, Any] = {"enabled": True, "database": str(folder / "state" / "broadcast.db"), "destinations": destinations}
     return Settings(**(given | settings))
 
 

@@ -224,7 +224,8 @@ class RouterProcess:
             self.launch()
             if until(self._up_or_dead, 10, "the router answers /health") == "up":
                 return self
-            assert not last_try and self.exit_code() == 2, f"the router did not start: {self.errors()}"
+            code = self.exit_code()
+            assert not last_try and code == 2, f"the router did not start but ended with {code}: {self.errors()}"
         raise AssertionError
 
     def _up_or_dead(self) -> str:

@@ -14,7 +14,7 @@ from urllib.parse import urlencode
 import pytest
 from backends import Collector, Jaeger, Span, collector, jaeger, need
 from backends.process import get_json
-from broadcast_records import ATTEMPT, RECORD, attributes, failed, generation, record
+from broadcast_records import ATTEMPT, attributes, failed, generation, record
 from broadcast_runs import collector as to_collector
 from broadcast_runs import counts, running, settled
 from fake_collector import until
@@ -24,7 +24,8 @@ from broadcast import Broadcast, Destination
 
 ODD: list[dict[str, Any]] = [
     {},
-    {"trace": {"lone": "\ud800", "nul": "\0", "sep": "\u2028", "big": 10**400, "nan": float("nan"), "n": None, "l": [1], "o": {"a": {}}}},
+    {"trace": {"lone": "\ud800", "nul": "\0", "sep": "\u2028", "big": 10**400, "nan": float("nan")}},
+    {"trace": {"n": None, "l": [1], "o": {"a": {}}}},
     {"trace": {"trace_id": "\ud800", "parent_span_id": "zz", "trace_name": "\0", "span_name": "a\ud800", "": 1, "\ud800": 2}},
     {"trace": {f"k{n}": n for n in range(2_000)}},
     {"user": "\ud83d\ude00 \u202e", "session_id": "s" * 256, "requested_model": "\ud800/x"},
@@ -53,7 +54,9 @@ def the_jaeger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jaeger]:
         yield backend
 
 
-def test_the_collector_takes_every_oddity_and_gives_back_every_attribute_with_its_type(tmp_path: Path, the_collector: Collector) -> None:
+def test_the_collector_takes_every_oddity_and_gives_back_every_attribute_with_its_type(
+    tmp_path: Path, the_collector: Collector
+) -> None:
     records = [now(**changes) for changes in ODD] + [failed(**changes) for changes in ODD[1:5]]
     with running(tmp_path, to_collector("c", the_collector.endpoint + "/v1/traces")) as made:
         for one in records:
@@ -84,15 +87,16 @@ def test_one_bad_id_would_have_cost_a_whole_batch(the_collector: Collector) -> N
 def test_a_gateway_with_a_key_takes_it_and_refuses_another(tmp_path: Path, auth: Any) -> None:
     need(collector)
     with collector(tmp_path, auth=auth) as gateway, running(tmp_path) as made:
-        body = {"type": "otel-collector", "config": {"endpoint": gateway.endpoint + "/v1/traces", "headers": gateway.headers}}
-        wrong = {"type": "otel-collector", "config": {"endpoint": gateway.endpoint + "/v1/traces", "headers": {"Authorization": "Bearer no"}}}
-        status, told = made.api("POST", "/destinations", wrong)
+        config = {"endpoint": gateway.endpoint + "/v1/traces", "headers": gateway.headers}
+        body = {"type": "otel-collector", "config": config}
+        wrong = {"headers": {"Authorization": "Bearer no"}}
+        status, told = made.api("POST", "/destinations", body | {"config": config | wrong})
         assert (status, told["status"]) == (422, 401)
         assert "Bearer or Basic" in told["advice"]
         assert made.api("POST", "/destinations", body)[0] == 201
         made.sink(now())
         assert settled(made, "otel-collector", 1)["delivered"] == 1
-        assert [span["name"] for span in gateway.spans()][0] == "openrouter-connection-test"
+        assert next(span["name"] for span in gateway.spans()) == "openrouter-connection-test"
 
 
 def test_axioms_form_works_against_a_gateway_with_a_bearer_token(tmp_path: Path) -> None:
@@ -159,7 +163,8 @@ def test_a_collector_that_stops_and_returns_gets_everything_once_or_again_under_
 @pytest.fixture(scope="module")
 def asked(the_jaeger: Jaeger, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Trace ids of requests that differ in what the document's queries ask for."""
-    trace = {"trace_id": "monitoring_pipeline_001", "trace_name": "Metric Analysis Pipeline", "generation_name": "Anomaly Detection"}
+    trace = {"trace_id": "monitoring_pipeline_001", "trace_name": "Metric Analysis Pipeline"}
+    trace |= {"generation_name": "Anomaly Detection"}
     trace |= {"environment": "production", "alert_id": "alert_789"}
     wanted = {
         "turbo": now(requested_model="openai/gpt-4-turbo", user="user_abc123"),
@@ -225,8 +230,8 @@ def root(backend: Jaeger, trace_id: str) -> Span:
 
 
 def test_the_names_of_the_trace_object_are_the_tree_that_jaeger_shows(the_jaeger: Jaeger, asked: dict[str, str]) -> None:
-    shown = re.sub(r" +[0-9.]+ ?m?s.*", "", the_jaeger.tree(asked["pipeline"]))
-    assert [line.strip(" └─├│") for line in shown.splitlines()] == [
+    shown = the_jaeger.tree(asked["pipeline"]).splitlines()
+    assert [line.strip(" └─├│").partition("  ")[0] for line in shown] == [
         "Metric Analysis Pipeline",
         "Anomaly Detection",
         "provider attempt 1: Amazon Bedrock",
@@ -240,8 +245,9 @@ def test_several_requests_join_an_existing_trace_under_its_span(the_jaeger: Jaeg
     mine["resourceSpans"] = mine["resourceSpans"][:1]
     span = mine["resourceSpans"][0]["scopeSpans"][0]["spans"][0]
     span |= {"spanId": parent, "name": "the application's own span"}
-    assert room.exchange(room.target(Destination("j", "jaeger", base_url=the_jaeger.endpoint)), room.to_bytes(mine), 5, ()).cause == "ok"
-    with running(tmp_path, Destination("j", "jaeger", base_url=the_jaeger.endpoint)) as made:
+    there = Destination("j", "jaeger", base_url=the_jaeger.endpoint)
+    assert room.exchange(room.target(there), room.to_bytes(mine), 5, ()).cause == "ok"
+    with running(tmp_path, there) as made:
         for _ in range(2):
             made.sink(now(trace={"trace_id": trace_id.upper(), "parent_span_id": parent}))
         settled(made, "j", 2)
@@ -294,4 +300,3 @@ def test_doctor_finds_the_real_ones_well(tmp_path: Path, the_collector: Collecto
         start=False,
     )
     assert json.dumps(made.doctor()) == '[{"place": "broadcast destination c", "ok": true, "message": "Accepted", "cure": ""}]'
-    assert RECORD["generation_id"]

@@ -501,7 +501,7 @@ def check_span(span: dict[str, Any]) -> None:
         check_attributes(event["attributes"])
 
 
-TYPES = {"stringValue": str, "intValue": int, "doubleValue": float, "boolValue": bool}
+TYPES: dict[str, Any] = {"stringValue": str, "intValue": int, "doubleValue": float, "boolValue": bool}
 
 
 def check_attributes(pairs: list[dict[str, Any]]) -> None:
@@ -509,7 +509,8 @@ def check_attributes(pairs: list[dict[str, Any]]) -> None:
     assert len(set(keys)) == len(keys)
     for pair in pairs:
         assert pair.keys() == {"key", "value"}
-        ((kind, value),) = pair["value"].items()
+        kind, value = next(iter(pair["value"].items()))
+        assert len(pair["value"]) == 1
         assert type(value) is TYPES[kind]
         assert kind != "intValue" or -(2**63) <= value < 2**63
         assert pair["key"]

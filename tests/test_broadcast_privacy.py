@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from broadcast_records import ATTEMPT, RECORD, attributes, failed, generation, record
 from broadcast_runs import collector, counts, running, settled
-from fake_collector import FakeCollector, Reply
+from fake_collector import FakeCollector, Reply, until
 
 from broadcast import encode, to_bytes
 
@@ -80,9 +80,6 @@ def test_the_canary_stays_out_of_private_bytes_and_is_in_the_open_ones(tmp_path:
     assert "gen_ai.usage.input_tokens" in attributes(generation(here))
 
 
-PRIVATE_ONLY_WORDS = {"error_type": CANARY, "outcome": "error", "error": "x"}
-
-
 @pytest.mark.parametrize("error_type", [CANARY, f"bad {CANARY}", "x" * 65, "Überraschung", 5, ["a"]])
 def test_an_error_type_that_is_no_word_of_ours_is_not_sent_in_private(error_type: Any) -> None:
     attempt = ATTEMPT | {"error": "x", "error_type": error_type}
@@ -123,16 +120,10 @@ def test_in_private_a_failure_is_told_in_a_fixed_sentence() -> None:
 
 def test_the_queue_of_a_private_destination_never_holds_content(tmp_path: Path) -> None:
     with FakeCollector(Reply(503)) as busy, running(tmp_path, collector("private", busy.url, privacy_mode=True)) as made:
-        made.sink(record(messages=text(CANARY), **{"system": CANARY}))
-        settled_or_queued(made)
+        made.sink(record(messages=text(CANARY), system=CANARY))
+        until(lambda: counts(made, "private")["queued"] == 1)
         for path in (tmp_path / "state").iterdir():
             assert CANARY.encode() not in path.read_bytes()
-
-
-def settled_or_queued(made: Any) -> None:
-    from fake_collector import until
-
-    until(lambda: counts(made, "private")["queued"] == 1)
 
 
 def test_nothing_a_client_wrote_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

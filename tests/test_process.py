@@ -362,9 +362,9 @@ def test_after_sigkill_it_starts_again_on_the_same_port(router: RouterFactory, u
 def test_a_client_that_hangs_up_on_an_answer_being_written_is_no_sigpipe(router: RouterFactory, upstream: FakeUpstream) -> None:
     process = router()
     upstream.default = json_answer(chat_completion("x" * 3_000_000))
-    for _ in range(5):
-        deaf(process).close()
-    upstream.wait_for(1)
+    for number in range(1, 6):
+        with deaf(process):
+            upstream.wait_for(number)
     assert process.get("/health").status == 200
     until(lambda: process.stats()["in_flight"] == 0)
 
