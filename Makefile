@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 CONFIG ?= config.toml
 
-.PHONY: run test lint check format bench clean
+.PHONY: run test lint format readme bench backends matrix agents screenshots clean
 
 run: $(VENV)/installed
 	$(BIN)/python router.py serve $(CONFIG)
@@ -21,8 +21,28 @@ format: $(VENV)/tested
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# README's table of keys, from the code
+readme: $(VENV)/tested
+	$(BIN)/python tests/readme.py
+
+# the router against a mock upstream, beside a bare waitress + urllib3 proxy
 bench: $(VENV)/installed
 	$(BIN)/python tests/bench.py
+
+# real telemetry backends for the tests: OpenTelemetry Collector, Jaeger, a recorder, nginx
+backends:
+	tests/backends/install.sh
+
+# every client language x every provider language, through the official SDKs
+matrix: $(VENV)/tested
+	$(BIN)/python tests/matrix.py
+
+# coding agents from the npm registry, one tool round trip each
+agents: $(VENV)/tested
+	$(BIN)/python tests/agents.py
+
+screenshots: $(VENV)/tested
+	$(BIN)/python tests/screenshots.py
 
 # The program itself stays in this folder; only what it needs is installed.
 $(VENV)/installed: setup.cfg pyproject.toml

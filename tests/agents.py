@@ -57,8 +57,8 @@ def codex(url: str, prompt: str, folder: Path) -> tuple[list[str], dict[str, str
 def claude(url: str, prompt: str, folder: Path) -> tuple[list[str], dict[str, str]]:
     """Claude Code in its mode without a terminal. It speaks /v1/messages."""
     command = ["-p", prompt, "--model", MODEL, "--allowedTools", "Bash"]
-    quiet = {"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "DISABLE_AUTOUPDATER": "1", "ANTHROPIC_SMALL_FAST_MODEL": MODEL}
-    return command, {"ANTHROPIC_BASE_URL": url, "ANTHROPIC_API_KEY": "unused", **quiet}
+    quiet = {"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "DISABLE_AUTOUPDATER": "1", "CLAUDE_CODE_MAX_RETRIES": "0"}
+    return command, {"ANTHROPIC_BASE_URL": url, "ANTHROPIC_API_KEY": "unused", "ANTHROPIC_SMALL_FAST_MODEL": MODEL, **quiet}
 
 
 AGENTS: dict[str, Callable[[str, str, Path], tuple[list[str], dict[str, str]]]] = {"codex": codex, "claude": claude}

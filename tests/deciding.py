@@ -152,7 +152,9 @@ class Fakes:
         self._made: dict[str, FakeUpstream] = {}
 
     def __getitem__(self, name: str) -> FakeUpstream:
-        return self._made.setdefault(name, FakeUpstream()) if name not in self._made else self._made[name]
+        if name not in self._made:
+            self._made[name] = FakeUpstream()
+        return self._made[name]
 
     def __call__(self, names: str) -> list[FakeUpstream]:
         return [self[name] for name in names.split()]

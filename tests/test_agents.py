@@ -19,6 +19,7 @@ from fake_upstream import (
     Received,
     Script,
     chunk_object,
+    error_answer,
     event,
     fin,
     json_answer,
@@ -36,6 +37,8 @@ COMMAND = "printf written-by-an-agent > made.txt; cat made.txt"
 USAGE = {"prompt_tokens": 20, "completion_tokens": 5, "total_tokens": 25}
 SHELLS = {"codex": ("exec_command", "cmd"), "claude": ("Bash", "command")}
 """The tool with which an agent runs a command, and what it calls the command."""
+TOLD = {"codex": "the provider's stream ended in the middle", "claude": "the provider failed (500)"}
+"""What an agent says of an answer that broke. Claude Code asks once more, for a whole answer, and tells of that."""
 ROUTES = {"codex": ("responses", "/v1/responses"), "claude": ("anthropic", "/v1/messages")}
 
 
@@ -60,12 +63,8 @@ def openai_says(agent: str, received: Received) -> Script:
     function = called(agent, received)
     if function is None:
         return stream(openai_chunks("All is done.", USAGE))
-    call = {
-        "index": 0,
-        "id": "call_1",
-        "type": "function",
-        "function": {**function, "arguments": json.dumps(function["arguments"])},
-    }
+    function["arguments"] = json.dumps(function["arguments"])
+    call = {"index": 0, "id": "call_1", "type": "function", "function": function}
     said = [chunk_object({"tool_calls": [call]}), chunk_object({}, "tool_calls"), usage_object(USAGE)]
     return stream([*map(event, said), DONE])
 
@@ -128,8 +127,8 @@ def test_an_agent_hears_the_embedded_model(agent: str, router: RouterFactory, tm
 def test_an_agent_is_told_of_an_answer_that_broke_off(
     agent: str, router: RouterFactory, upstream: FakeUpstream, tmp_path: Path
 ) -> None:
-    first = openai_chunks("half an", finish=None, done=False)
-    upstream.default = stream_head("close") + raw(b"".join(first)) + fin()
+    broken = stream_head("close") + raw(b"".join(openai_chunks("half an", finish=None, done=False))) + fin()
+    upstream.default = lambda received: broken if received.json().get("stream") else error_answer(500)
     ended = work(agent, router(), tmp_path)
     assert ended.code != 0, ended.output
-    assert "ended in the middle" in ended.output
+    assert TOLD[agent] in ended.output

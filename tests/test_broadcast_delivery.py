@@ -589,6 +589,19 @@ def test_a_record_that_cannot_be_encoded_is_counted_and_its_neighbours_arrive(
         assert receiver.generations() == before + after
 
 
+@pytest.mark.parametrize(
+    "odd", [{"messages": 5}, {"response": {"content": 5}}, {"attempts": [None]}, {"trace": []}, {"ts_ms": None}]
+)
+def test_a_record_of_another_shape_is_counted_and_raises_nothing(
+    tmp_path: Path, receiver: FakeCollector, odd: dict[str, Any]
+) -> None:
+    with running(tmp_path, collector("a", receiver.url)) as made:
+        sent(made, 1, **odd)
+        (good,) = sent(made, 1)
+        settled(made, "a", 2)
+        assert receiver.generations()[-1] == good
+
+
 def test_the_sink_never_waits_even_while_the_database_is_locked(tmp_path: Path, receiver: FakeCollector) -> None:
     with running(tmp_path, collector("a", receiver.url)) as made:
         sent(made, 1)
@@ -690,6 +703,33 @@ def test_close_is_bounded_while_every_destination_hangs(tmp_path: Path) -> None:
         again = Broadcast(configured(tmp_path, *(collector(f"d{n}", hanging.url) for n in range(5))), start=False)
         assert all(have["queued"] == 10 for have in again.stats()["destinations"].values())
         again.close(0)
+
+
+def test_close_is_bounded_while_resolvers_and_the_disk_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: ended.wait(30) and [])
+    made = Broadcast(configured(tmp_path, *(collector(f"d{n}", f"http://h{n}.example/") for n in range(10)), timeout=60))
+    sent(made, 1)
+    until(lambda: sum(t.name == "broadcast-resolve" for t in threading.enumerate()) == 10)
+    other = sqlite3.connect(made.settings.database, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    sent(made, 1)
+    begun = time.monotonic()
+    made.close(0.5)
+    assert time.monotonic() - begun < 6
+    other.close()
+    ended.set()
+
+
+def test_no_child_process_is_left_behind(tmp_path: Path, receiver: FakeCollector) -> None:
+    rules = {"groups": [{"rules": [{"field": "input", "operator": "regex", "value": "Hello"}]}]}
+    with running(tmp_path, collector("a", receiver.url, filter_rules=rules)) as made:
+        sent(made, 1)
+        settled(made, "a", 1)
+        child = made._search._child
+        assert child
+        assert child.poll() is None
+    assert child.poll() is not None
 
 
 CHILD = """

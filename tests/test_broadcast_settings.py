@@ -195,6 +195,16 @@ def test_a_mistake_in_a_destination_is_told_with_its_place(fields: dict[str, Any
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.parametrize(
+    "pasted", ["http://[::1", "http://ho\nst", "ho st", "http://host\\@evil", "ftp://host", "http://169.254.169.254", "x@y"]
+)
+@pytest.mark.parametrize("base", [GRAFANA | {"type": "grafana"}, {"type": "jaeger"}])
+def test_an_address_pasted_wrong_is_told_with_the_types_own_field(base: dict[str, Any], pasted: str) -> None:
+    with pytest.raises(BadAddress) as told:
+        Destination(name="d", base_url=pasted, **base)
+    assert str(told.value).startswith("base_url: ")
+
+
 def test_a_key_of_the_wrong_sort_is_not_repeated_in_the_message() -> None:
     with pytest.raises(ValueError) as told:
         Destination("g", "grafana", instance_id="1", api_key="glc_SECRET\n\x00")
@@ -607,6 +617,23 @@ def test_openrouters_own_spelling_of_the_fields_is_taken_and_a_number_for_the_in
     assert receiver.received[0].path == "/otlp/v1/traces"
 
 
+def test_null_stands_for_a_missing_value(api: Broadcast, receiver: FakeCollector) -> None:
+    body = draft(receiver.url) | dict.fromkeys(("name", "enabled", "privacy_mode", "sampling_rate", "filter_rules", "api_keys"))
+    status, made = api.api("POST", "/destinations", body)
+    assert (status, made["name"], made["enabled"], made["api_keys"]) == (201, "otel-collector", True, None)
+    named = api.api("PUT", f"/destinations/{made['id']}", {"api_keys": ["team"]})[1]
+    assert named["api_keys"] == ["team"]
+    assert api.api("PUT", f"/destinations/{made['id']}", {"api_keys": None, "name": None})[1]["api_keys"] is None
+
+
+def test_a_database_that_cannot_be_made_is_a_503_and_not_the_callers_fault(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    made = Broadcast(Settings(database=str(tmp_path / "file" / "x.db")))
+    assert made.api("PUT", "", {"enabled": True})[0] == 503
+    assert made.api("GET", "/destinations")[0] == 200
+    made.close(0)
+
+
 def test_names_are_unique_and_filled_in(api: Broadcast, receiver: FakeCollector) -> None:
     nameless = {"type": "jaeger", "config": {"base_url": f"http://127.0.0.1:{receiver.port}"}}
     assert [api.api("POST", "/destinations", nameless)[1]["name"] for _ in range(2)] == ["jaeger", "jaeger 2"]
@@ -900,6 +927,8 @@ for n in itertools.count():
 def test_a_saved_destination_that_is_no_longer_valid_rests_and_harms_nobody(tmp_path: Path, receiver: FakeCollector) -> None:
     with running(tmp_path, collector("good", receiver.url)) as made:
         made.store.save("bad", "bad", {"name": "bad", "type": "gone", "config": {}})
+        made.store.save("worse", "worse", {"config": {"nope": 1}})
+        made.store.save("worst", "worst", {"name": "worst", "type": "jaeger", "config": {"nope": 1}})
         made.reload(configured(tmp_path, collector("good", receiver.url)))
         made.sink(RECORD)
         assert settled(made, "good", 1)["delivered"] == 1

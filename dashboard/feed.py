@@ -1,0 +1,252 @@
+"""The live feed: the last requests as they happened, and those who watch.
+
+An event is made into JSON once, in the thread that brings it, and from then on only references travel. What is held is
+bounded twice: so many requests, and so many bytes; when the bytes run out the oldest requests lose what was said in them
+but keep their numbers, so that their waterfall can still be drawn. A watcher has a bounded queue of its own: one that
+reads too slowly loses the oldest events and is told how many.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+log = logging.getLogger("opensourcellmrouter")
+
+CONTENT = ("system", "messages", "tools", "request", "response")
+"""The keys of a record that hold what was said; they go last into its JSON, so that they can be cut off."""
+LONGEST_TEXT = 32_768
+CONTENT_CHARACTERS, HEAD_CHARACTERS = 524_288, 32_768
+NODES = 20_000
+DEEPEST = 110
+EVENTS_OF_A_REQUEST = 16
+HEARTBEAT = 15.0
+LOOK = 0.5  # how long a watcher may not notice that its client left
+GATHER = 0.04  # events of so many seconds go out together: fewer wake-ups, and no eye sees the difference
+QUEUE_ITEMS, QUEUE_BYTES = 1_000, 4 * 2**20
+PIECE = 256 * 1024
+PREVIEW = 160
+
+
+class Full(Exception):
+    """As many watch as may."""
+
+
+class Held:
+    """One request, as far as it has come."""
+
+    __slots__ = ("_bare", "_head", "_json", "events", "private", "state", "summary")
+
+    def __init__(self, id: int) -> None:
+        self.state: dict[str, Any] = {"id": id, "stage": "start"}
+        self.events: list[tuple[int, bytes]] = []
+        self.private: dict[str, Any] = {}
+        self.summary = b""
+        self._json = self._bare = b""
+        self._head = 0
+
+    def advance(self, event: Mapping[str, Any], number: int, line: bytes) -> None:
+        """An event before the last one."""
+        names = {"model": "requested_model"} if event["type"] == "start" else {"model": "sent_model"}
+        told = {names.get(key, key): value for key, value in event.items() if key != "type"}
+        self.state.update(told, ts_ms=self.state.get("ts_ms", event.get("ts_ms")), stage=event["type"])
+        if len(self.events) < EVENTS_OF_A_REQUEST:
+            self.events.append((number, line))
+
+    def finish(self, number: int, record: Mapping[str, Any], lines: Lines) -> None:
+        """The last event, which tells all that the earlier ones did."""
+        self._json, self._head, self._bare = lines.full, lines.head, lines.bare
+        self.events = [(number, self._json)]
+        self.summary = _dumps(_summary(record))
+        self.private = {key: record[key] for key in ("_trace",) if record.get(key) is not None}
+        self.state = {"id": self.state["id"], "stage": "complete"}
+
+    def slim(self) -> None:
+        """Let go of what was said."""
+        self._json, self._bare = self._json[: self._head] + self._bare, b""
+        self.events = [(number, self._json) for number, _ in self.events]
+
+    @property
+    def size(self) -> int:
+        return len(self._json) + len(self._bare) + len(self.summary) + 1_000
+
+    @property
+    def complete(self) -> bool:
+        return bool(self._json)
+
+    @property
+    def json(self) -> bytes:
+        return self._json
+
+    def record(self) -> dict[str, Any] | None:
+        return json.loads(self._json) if self._json else None
+
+    def listed(self) -> dict[str, Any]:
+        """Its line in the list."""
+        return {**json.loads(self.summary), "stage": "complete"} if self.summary else self.state
+
+
+class Lines:
+    """A record as JSON: all of it, and what replaces everything after `head` once the content is let go."""
+
+    def __init__(self, record: Mapping[str, Any]) -> None:
+        cut = Cut(HEAD_CHARACTERS)
+        told = {key: cut(value) for key, value in record.items() if key not in CONTENT and key[0] != "_"}
+        head = _dumps(told)[:-1] + b","
+        self.head = len(head)
+        self.full = head + _dumps(_content(record))[1:]
+        self.bare = _dumps(_without_content(record))[1:]
+
+
+def _content(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What was said, the end of it first should it be too much to keep."""
+    cut = Cut(CONTENT_CHARACTERS)
+    response, request = cut(record.get("response")), cut(record.get("request"))
+    messages = [cut(message) for message in reversed(record.get("messages") or [])][::-1]
+    return {
+        "system": cut(record.get("system")), "messages": messages, "tools": cut(record.get("tools")),
+        "request": request, "response": response,
+    }  # fmt: skip
+
+
+def _without_content(record: Mapping[str, Any]) -> dict[str, Any]:
+    cut = Cut(2_048)
+    request = {k: v for k, v in (record.get("request") or {}).items() if isinstance(v, bool | int | float) or v is None}
+    response = record.get("response")
+    if response:
+        said = ("content", "reasoning", "tool_calls")
+        response = {**{k: cut(v) for k, v in response.items() if k not in said}, "content": "", "reasoning": None}
+        response["tool_calls"] = []
+    return {"system": None, "messages": [], "tools": [], "request": cut(request), "response": response, "content_held": False}
+
+
+class Cut:
+    """Makes a copy of a JSON-like value that is fit to be shown: long texts cut, numbers that JSON or a browser cannot
+    hold as text, lone surrogates repaired, and in all no more than so many characters."""
+
+    def __init__(self, characters: int) -> None:
+        self._left, self._nodes = characters, NODES
+
+    def __call__(self, value: Any, depth: int = 0) -> Any:
+        kind = type(value)
+        if kind is str:
+            return self._text(value)
+        if value is None or kind is bool:
+            return value
+        if kind is int:
+            return value if -(2**63) < value < 2**63 else _digits(value)
+        if kind is float:
+            return value if math.isfinite(value) else None
+        self._nodes -= 1
+        if depth > DEEPEST or self._nodes < 0:
+            return "…"
+        if isinstance(value, Mapping):
+            return {self._text(str(key)): self(item, depth + 1) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self(item, depth + 1) for item in value]
+        return self._text(str(value))
+
+    def _text(self, text: str) -> str:
+        most = max(0, min(LONGEST_TEXT, self._left))
+        if len(text) > most:
+            text = f"{text[:most]}… ({len(text) - most} more characters)"
+        self._left -= len(text)
+        if text.isascii():
+            return text
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _digits(number: int) -> str:
+    """A whole number as text; of one with thousands of digits only its size, as Python would not print it."""
+    return str(number) if number.bit_length() < 8_192 else f"about 10^{number.bit_length() * 0.30103:.0f}"
+
+
+def _dumps(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False, check_circular=False).encode("ascii")
+
+
+_SUMMED = (
+    "id", "ts_ms", "generation_id", "outcome", "status", "error_type", "provider", "requested_model", "sent_model", "stream",
+    "duration_ms", "ttft_ms", "tags", "rule", "client_format", "operation", "api_key_name", "user", "session_id", "usage_source",
+)  # fmt: skip
+
+
+def _summary(record: Mapping[str, Any]) -> dict[str, Any]:
+    """One line about a finished request, for lists."""
+    response, cost, cut = record.get("response") or {}, record.get("cost") or {}, Cut(4_096)
+    usage = response.get("usage") or {}
+    told = {key: cut(_short(record.get(key))) for key in _SUMMED}
+    told |= {"input_tokens": cut(usage.get("input_tokens")), "output_tokens": cut(usage.get("output_tokens"))}
+    told |= {"cost": cut(cost.get("total")), "attempts": len(record.get("attempts") or ())}
+    return told | {"prompt": cut(_prompt(record)), "answer": cut(_short(response.get("content") or ""))}
+
+
+def _short(value: Any) -> Any:
+    return value[:PREVIEW] if isinstance(value, str | list) else value
+
+
+def _prompt(record: Mapping[str, Any]) -> str:
+    """The beginning of what the user said last."""
+    for message in reversed(record.get("messages") or []):
+        blocks = message.get("content") if message.get("role") == "user" else None
+        for block in blocks if isinstance(blocks, list) else []:
+            if isinstance(block, Mapping) and isinstance(block.get("text"), str):
+                return str(block["text"][:PREVIEW])
+    return ""
+
+
+def _mentions(value: Any, wanted: str) -> bool:
+    """Does any text in there hold this one, whatever its case?"""
+    if isinstance(value, str):
+        return wanted in value.casefold()
+    if isinstance(value, Mapping):
+        return any(_mentions(item, wanted) for item in value.values())
+    if isinstance(value, list):
+        return any(_mentions(item, wanted) for item in value)
+    return False
+
+
+class Feed:
+    """The requests that are held, and the watchers."""
+
+    def __init__(self, *, max_watchers: int, held: int, held_bytes: int) -> None:
+        self._most_watchers, self._most, self._most_bytes = max_watchers, held, held_bytes
+        self._lock = threading.Lock()
+        self._held: OrderedDict[int, Held] = OrderedDict()
+        self._fat: deque[Held] = deque()  # those with content, oldest first
+        self._bytes = 0
+        self._watchers: tuple[Watcher, ...] = ()
+        self._life = f"{time.time_ns() // 1_000_000:x}"  # ids of another life of this process mean nothing in this one
+        self._number = 0
+        self._skipped = 0
+        self._closed = False
+
+    # events
+    def sink(self, event: Mapping[str, Any]) -> None:
+        """Take an event; one that cannot be shown is told of in the program's log."""
+        try:
+            if not self._closed:
+                self._take(event)
+        except Exception as e:  # noqa: BLE001 - a request must never notice its onlookers
+            log.error("the feed cannot show an event: %s", type(e).__name__)
+
+    def _take(self, event: Mapping[str, Any]) -> None:
+        if event["type"] == "complete":
+            lines = Lines(event)
+            with self._lock:
+                self._publish(lines.full).finish(self._number, event, lines)
+                self._settle(event["id"])
+            return
+        told = Cut(HEAD_CHARACTERS)({key: value for key, value in event.items() if key[0] != "_"})
+        line = _dumps(told)
+        with self._lock:
+            held = self._held.get(event["id"]) or self._held.setdefault(event["id"], Held(event["id"]))
+            self._send(line)
+            held.advance(told, self._number, line)
+            self._trim()
