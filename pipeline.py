@@ -19,6 +19,7 @@ import statistics
 import string
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -155,14 +156,15 @@ class Lane:
             self._probing = True
             return True
 
-    def answered(self, healthy: bool | None) -> None:
-        """How the attempt went; None says nothing of the provider (the client left, its request was at fault)."""
+    def answered(self, healthy: bool | None, *, failed: bool = False) -> None:
+        """How the attempt went. Unhealthy ones count for the breaker; None says nothing of the provider's health (the
+        client left, the request or the key was at fault)."""
         with self._lock:
             self._probing = False
+            self.errors += failed
             if healthy:
                 self._failures = 0
             elif healthy is not None:
-                self.errors += 1
                 self._failures += 1
                 if self._failures >= self._breaker.failures:
                     self._rests_until = time.monotonic() + self._breaker.cooldown_seconds
@@ -547,7 +549,7 @@ class Attempt:
         self.record["request_id"] = self._run.answer.id
         if error is not None:
             self.record["error"], self.record["error_type"] = str(error), error.code
-        self._lane.answered(healthy)
+        self._lane.answered(healthy, failed=isinstance(error, UpstreamError) and error.status not in providers.PASSED_ON)
 
     def _elapsed(self) -> float:
         return _ms(time.monotonic() - self._began)
@@ -576,6 +578,11 @@ class Arrival:
     traceparent: str | None = None
     tracestate: str | None = None
     accepted: float = field(default_factory=time.monotonic)
+
+
+def trace_of(error: BaseException) -> str:
+    """Where an error was raised and of what kind it is, but not its text: that may hold what a client said."""
+    return "".join(traceback.format_tb(error.__traceback__)) + type(error).__name__
 
 
 class Shutdown(RequestError):
@@ -667,6 +674,7 @@ class Run:
             self._opened = time.monotonic()
 
     def _decide(self) -> None:
+        self.pipeline.know_models()
         self._parts = self.plan.parts_for(self.request)
         self.tags, self._forced_by, self._given = decide(self.plan, self.request, self._parts)
         if self.plan.classifiers:
@@ -730,7 +738,7 @@ class Run:
                 for blocks in attempt.blocks():
                     yield self._fold(attempt, blocks)
             except UpstreamError as e:
-                attempt.settle(e, healthy=False if e.retryable or e.status >= 500 else None)
+                attempt.settle(e, healthy=False if e.retryable or attempt.begun else None)
                 if self._committed or attempt.begun or not e.retryable:
                     raise
                 self._last_error = e
@@ -852,6 +860,15 @@ class Run:
             self._fail(e)
             self._ended = True
             raise StopIteration from None
+        except StopIteration:
+            raise
+        except Exception as e:  # noqa: BLE001 - a bug of ours must not look like an answer, nor like a client that left
+            log.error("internal error in a stream:\n%s", trace_of(e))
+            self._ended = True
+            error = RequestError("internal error", code="internal")
+            self._fail(error)
+            told: bytes = providers.language(self.request.format).render_stream_error(error)
+            return told
 
     def _next(self) -> bytes:
         while True:
@@ -906,7 +923,7 @@ class Run:
             self._classify_answer()
         for part in self._parts:
             self._call_after(part, "on_end")
-        self.pipeline.leave(self._record())
+        self.pipeline.leave(self._record)
         telemetry.leave()
 
     def _usage(self) -> tuple[Usage, str]:
@@ -951,7 +968,7 @@ class Run:
             "messages": [{"role": m.role, "content": m.content} for m in self.request.messages],
             "tools": [{"name": t.name, "description": t.description, "parameters": t.parameters} for t in self.request.tools],
             "request": {k: v for k, v in self.request.body.data.items() if k not in _TOLD_APART},
-            "response": self._response(usage) if self._attempts and not (self.answer.empty and self._outcome != "ok") else None,
+            "response": None if self.answer.empty and self._outcome != "ok" else self._response(usage),
             "usage_source": source, "cost": self._cost(usage, source), "attempts": attempts,
             "user": self.request.user, "session_id": self.request.router.get("session_id"),
             "trace": self.request.router.get("trace") or {},
@@ -1190,12 +1207,18 @@ class Pipeline:
         self.sinks: list[Sink] = []
         self.telemetry: telemetry.Telemetry | None = None
         self.propagate = True
+        self.discovery: Discovery | None = None
         self.aborting = False
         self.in_flight = 0
         self.budget = Budget()
         self.counts = dict.fromkeys(("accepted", "ok", "error", "cancelled", "timeout", "rejected"), 0)
         self.keys: dict[str, dict[str, float]] = {}
         self._lock = threading.Lock()
+
+    def know_models(self) -> None:
+        """Wait for the first search for models, if it is still under way (the first moments after the start)."""
+        if self.discovery is not None and not self.discovery.once.is_set():
+            self.discovery.once.wait(2.0)
 
     def start(self, request: Request, arrival: Arrival) -> Run:
         """Accept a well-formed request."""
@@ -1209,11 +1232,13 @@ class Pipeline:
             self.in_flight += 1
             return self.counts["accepted"], self.in_flight
 
-    def leave(self, record: dict[str, Any]) -> None:
-        """Count a request out and give its record to every sink."""
-        cost = record["cost"]["total"] if record["cost"] else 0.0
+    def leave(self, make: Callable[[], dict[str, Any]]) -> None:
+        """Count a request out, make its record and give it to every sink."""
         with self._lock:
             self.in_flight -= 1
+        record = make()
+        cost = record["cost"]["total"] if record["cost"] else 0.0
+        with self._lock:
             self.counts[record["outcome"]] += 1
             if record["provider"] in self.plan.lanes:
                 self.plan.lanes[record["provider"]].cost_usd += cost

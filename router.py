@@ -24,7 +24,6 @@ import sys
 import threading
 import time
 import tomllib
-import traceback
 import types
 import typing
 import zlib
@@ -467,8 +466,7 @@ class App:
         self.draining = False
         self.port = config.server.port
         self._opening = threading.Lock()
-        self._discovery: pipeline.Discovery | None = None
-        self.refused: Counter[str] = Counter()
+                self.refused: Counter[str] = Counter()
         self._started = time.monotonic()
         self.log = RequestLog(config.logging) if config.logging.enabled else None
         if self.log:
@@ -509,8 +507,8 @@ class App:
             self.pipeline.propagate = self.config.telemetry.propagate
         if self.config.broadcast is not None or (self.dashboard and Path("state/broadcast.db").exists()):
             self.broadcasting()
-        if self._discovery is None and any(lane.discoverable for lane in self.pipeline.plan.lanes.values()):
-            self._discovery = pipeline.Discovery(self.pipeline)
+        if self.pipeline.discovery is None and any(lane.discoverable for lane in self.pipeline.plan.lanes.values()):
+            self.pipeline.discovery = pipeline.Discovery(self.pipeline)
 
     def reload(self, config: Config, environ: Mapping[str, str], source: str) -> None:
         """Go by another configuration from the next request on. Raises ConfigError, and then all stays as it was.
@@ -527,13 +525,13 @@ class App:
         for lane in gone:
             lane.upstream.close()
         self.begin()
-        if self._discovery is not None:
-            self._discovery.again()
+        if self.pipeline.discovery is not None:
+            self.pipeline.discovery.again()
 
     def close(self) -> None:
         """Write out what is queued and close the idle connections."""
-        if self._discovery is not None:
-            self._discovery.close()
+        if self.pipeline.discovery is not None:
+            self.pipeline.discovery.close()
         if self.log:
             self.log.close()
         if self.dashboard:
@@ -552,7 +550,7 @@ class App:
         except RequestError as e:
             answer = self._error(e, path)
         except Exception as e:  # noqa: BLE001 - the last resort: a bug is a logged 500 in the client's dialect
-            log.error("internal error at %s:\n%s", path, trace_of(e))
+            log.error("internal error at %s:\n%s", path, pipeline.trace_of(e))
             answer = self._error(RequestError("internal error; the router's log tells more"), path)
         if self.pipeline.telemetry and isinstance(answer, Response) and answer.close is None and not path.startswith(_UNTRACED):
             self._trace(environ, path, answer.status, began)
@@ -786,6 +784,7 @@ class App:
         return Response(200, b"ok", "text/plain; charset=utf-8")
 
     def _models(self, environ: dict[str, Any], path: str) -> Response:
+        self.pipeline.know_models()
         listed = [_model_object(m, owner) for m, owner in self.pipeline.plan.models().items()]
         return _json({"object": "list", "data": listed})
 
@@ -940,11 +939,6 @@ def _inflate(data: bytes, limit: int) -> bytes:
 def _too_large(limit: int) -> Refused:
     text = f"the body is larger than server.max_body_bytes = {limit}"
     return Refused(text, status=413, kind="too_large", code="request_too_large", reason="too_large")
-
-
-def trace_of(error: BaseException) -> str:
-    """Where an error was raised and of what kind it is, but not its text: that may hold what a client said."""
-    return "".join(traceback.format_tb(error.__traceback__)) + type(error).__name__
 
 
 def _read_keys(config: Config, environ: Mapping[str, str]) -> dict[bytes, str | None]:

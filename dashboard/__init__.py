@@ -106,6 +106,4 @@ def _read(file: str, *, below: bool) -> tuple[str, bytes] | None:
 def _placed(spans: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Spans with their place on the request's own clock: a browser's numbers are too coarse for epoch nanoseconds."""
     start = min((span["start_ns"] for span in spans), default=0)
-    return [
-        {**s, "offset_ms": (s["start_ns"] - start) / 1e6, "duration_ms": (s["end_ns"] - s["start_ns"]) / 1e6} for s in spans
-    ]
+    return [{**s, "offset_ms": (s["start_ns"] - start) / 1e6, "duration_ms": (s["end_ns"] - s["start_ns"]) / 1e6} for s in spans]

@@ -41,14 +41,13 @@ class Full(Exception):
 class Held:
     """One request, as far as it has come."""
 
-    __slots__ = ("_bare", "_head", "_json", "events", "private", "state", "summary")
+    __slots__ = ("_bare", "_head", "events", "json", "private", "state", "summary")
 
     def __init__(self, id: int) -> None:
         self.state: dict[str, Any] = {"id": id, "stage": "start"}
         self.events: list[tuple[int, bytes]] = []
         self.private: dict[str, Any] = {}
-        self.summary = b""
-        self._json = self._bare = b""
+        self.json = self.summary = self._bare = b""
         self._head = 0
 
     def advance(self, event: Mapping[str, Any], number: int, line: bytes) -> None:
@@ -59,37 +58,28 @@ class Held:
         if len(self.events) < EVENTS_OF_A_REQUEST:
             self.events.append((number, line))
 
-    def finish(self, number: int, record: Mapping[str, Any], lines: Lines) -> None:
+    def finish(self, number: int, lines: Lines) -> None:
         """The last event, which tells all that the earlier ones did."""
-        self._json, self._head, self._bare = lines.full, lines.head, lines.bare
-        self.events = [(number, self._json)]
-        self.summary = _dumps(_summary(record))
-        self.private = {key: record[key] for key in ("_trace",) if record.get(key) is not None}
+        self.json, self._head, self._bare = lines.full, lines.head, lines.bare
+        self.events, self.summary, self.private = [(number, self.json)], lines.summary, lines.private
         self.state = {"id": self.state["id"], "stage": "complete"}
 
     def slim(self) -> None:
         """Let go of what was said."""
-        self._json, self._bare = self._json[: self._head] + self._bare, b""
-        self.events = [(number, self._json) for number, _ in self.events]
-
-    @property
-    def size(self) -> int:
-        return len(self._json) + len(self._bare) + len(self.summary) + 1_000
+        self.json, self._bare = self.json[: self._head] + self._bare, b""
+        self.events = [(number, self.json) for number, _ in self.events]
 
     @property
     def complete(self) -> bool:
-        return bool(self._json)
+        return bool(self.json)
 
     @property
-    def json(self) -> bytes:
-        return self._json
+    def size(self) -> int:
+        return len(self.json) + len(self._bare) + len(self.summary) + 1_000
 
     def record(self) -> dict[str, Any] | None:
-        return json.loads(self._json) if self._json else None
-
-    def listed(self) -> dict[str, Any]:
-        """Its line in the list."""
-        return {**json.loads(self.summary), "stage": "complete"} if self.summary else self.state
+        """The record, once there is one."""
+        return json.loads(self.json) if self.json else None
 
 
 class Lines:
@@ -102,6 +92,8 @@ class Lines:
         self.head = len(head)
         self.full = head + _dumps(_content(record))[1:]
         self.bare = _dumps(_without_content(record))[1:]
+        self.summary = _dumps(_summary(record))
+        self.private = {"_trace": record["_trace"]} if record.get("_trace") else {}
 
 
 def _content(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -240,13 +232,180 @@ class Feed:
         if event["type"] == "complete":
             lines = Lines(event)
             with self._lock:
-                self._publish(lines.full).finish(self._number, event, lines)
-                self._settle(event["id"])
-            return
-        told = Cut(HEAD_CHARACTERS)({key: value for key, value in event.items() if key[0] != "_"})
-        line = _dumps(told)
+                held = self._entry(event["id"])
+                held.finish(self._send(lines.full), lines)
+                self._fat.append(held)
+                self._bytes += held.size
+                self._trim()
+        else:
+            told = Cut(HEAD_CHARACTERS)({key: value for key, value in event.items() if key[0] != "_"})
+            line = _dumps(told)
+            with self._lock:
+                self._entry(event["id"]).advance(told, self._send(line), line)
+                self._trim()
+
+    def _entry(self, id: int) -> Held:
+        if id not in self._held:
+            self._held[id] = Held(id)
+        return self._held[id]
+
+    def _send(self, line: bytes) -> int:
+        """Give an event its number and hand it to all who watch."""
+        self._number += 1
+        if self._watchers:
+            chunk = self._chunk(self._number, line)
+            for watcher in self._watchers:
+                watcher.offer(chunk)
+        return self._number
+
+    def _chunk(self, number: int, line: bytes) -> bytes:
+        return b"id: %s\ndata: %s\n\n" % (self._id(number).encode(), line)
+
+    def _id(self, number: int) -> str:
+        return f"{self._life}-{number}"
+
+    def _trim(self) -> None:
+        while len(self._held) > self._most:
+            oldest = next((held for held in self._held.values() if held.complete), next(iter(self._held.values())))
+            del self._held[oldest.state["id"]]
+            self._bytes -= oldest.size if oldest.complete else 0
+        while self._bytes > self._most_bytes and self._fat:
+            held = self._fat.popleft()
+            if self._held.get(held.state["id"]) is held:
+                self._bytes -= held.size
+                held.slim()
+                self._bytes += held.size
+        while self._fat and self._held.get(self._fat[0].state["id"]) is not self._fat[0]:
+            self._fat.popleft()
+
+    # what is held
+    def get(self, id: int) -> Held | None:
+        """The request with this number."""
         with self._lock:
-            held = self._held.get(event["id"]) or self._held.setdefault(event["id"], Held(event["id"]))
-            self._send(line)
-            held.advance(told, self._number, line)
-            self._trim()
+            return self._held.get(id)
+
+    def listed(self, text: str = "") -> dict[str, Any]:
+        """What is held, newest first, and the id of the last event it tells of; with `text`, those that mention it."""
+        with self._lock:
+            kept, last = [(h.state, h.summary, h.json) for h in reversed(self._held.values())], self._id(self._number)
+        wanted = text.casefold()
+        told = [_line(state, summary) for state, summary, full in kept if not wanted or _is_about(wanted, state, full)]
+        return {"last_event_id": last, "limit": self._most, "requests": told}
+
+    # watchers
+    def watch(self, last_event_id: str | None, gone: Callable[[], bool]) -> Watcher:
+        """A watcher who is first told what happened after that event, as far as it is still held. Raises Full."""
+        with self._lock:
+            if len(self._watchers) >= self._most_watchers or self._closed:
+                raise Full
+            watcher = Watcher(gone, self._leave, self._lost)
+            if last_event_id:
+                for number, line in sorted(e for held in self._held.values() for e in held.events):
+                    if number > self._seen(last_event_id):
+                        watcher.offer(self._chunk(number, line))
+            self._watchers += (watcher,)
+            return watcher
+
+    def _seen(self, event_id: str) -> int:
+        """The number of the last event somebody has seen; an id of another life is as good as none."""
+        life, _, number = event_id.partition("-")
+        return int(number) if life == self._life and number.isdecimal() and len(number) < 18 else 0
+
+    def _leave(self, watcher: Watcher) -> None:
+        with self._lock:
+            self._watchers = tuple(w for w in self._watchers if w is not watcher)
+
+    def _lost(self) -> None:
+        self._skipped += 1
+
+    def close(self) -> None:
+        """End every watcher; nobody can come any more, and nothing more is kept."""
+        with self._lock:
+            self._closed, leaving = True, self._watchers
+        for watcher in leaving:
+            watcher.end()
+
+    def stats(self) -> dict[str, int]:
+        """How many watch, and how many events were too many for one of them."""
+        return {"watchers": len(self._watchers), "skipped": self._skipped}
+
+
+def _line(state: dict[str, Any], summary: bytes) -> dict[str, Any]:
+    return {**json.loads(summary), "stage": "complete"} if summary else dict(state)
+
+
+def _is_about(wanted: str, state: dict[str, Any], full: bytes) -> bool:
+    """Does a request mention this? Its JSON is only read where its bytes do not already say no."""
+    if not full:
+        return _mentions(list(state.values()), wanted)
+    if wanted.isascii() and _dumps(wanted)[1:-1].lower() not in full.lower():
+        return False
+    return _mentions(json.loads(full), wanted)
+
+
+class Watcher:
+    """The feed as one client gets it: an iterator of SSE bytes. `close` may be called at any time, however often."""
+
+    def __init__(self, gone: Callable[[], bool], leave: Callable[[Watcher], None], lost: Callable[[], None]) -> None:
+        self._gone, self._leave, self._lost = gone, leave, lost
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._queue: deque[bytes] = deque()
+        self._bytes = self._skipped = 0
+        self._ended = self._left = False
+        self._spoke = float("-inf")
+
+    def offer(self, chunk: bytes) -> None:
+        """Put an event into the queue; where it does not fit, the oldest make room."""
+        with self._lock:
+            self._queue.append(chunk)
+            self._bytes += len(chunk)
+            while len(self._queue) > QUEUE_ITEMS or (self._bytes > QUEUE_BYTES and len(self._queue) > 1):
+                self._bytes -= len(self._queue.popleft())
+                self._skipped += 1
+                self._lost()
+        if not self._wake.is_set():
+            self._wake.set()
+
+    def __iter__(self) -> Watcher:
+        return self
+
+    def __next__(self) -> bytes:
+        """What there is to tell; waits for it, but not past the client's leaving, and says something every 15 s."""
+        while not self._ended and not self._gone():
+            self._wake.clear()
+            piece = self._taken()
+            now = time.monotonic()
+            if not piece and now - self._spoke >= HEARTBEAT:
+                piece = b": here\n\n"
+            if piece:
+                self._spoke = now
+                return piece
+            if self._wake.wait(min(LOOK, self._spoke + HEARTBEAT - now)):
+                time.sleep(GATHER)
+        self.close()
+        raise StopIteration
+
+    def _taken(self) -> bytes:
+        with self._lock:
+            pieces, size = [], 0
+            if self._skipped:
+                pieces.append(b'data: {"type":"skipped","count":%d}\n\n' % self._skipped)
+                self._skipped = 0
+            while self._queue and size < PIECE:
+                pieces.append(self._queue.popleft())
+                size += len(pieces[-1])
+            self._bytes -= size
+            return b"".join(pieces)
+
+    def end(self) -> None:
+        """Let the iteration end, whoever is waiting in it."""
+        self._ended = True
+        self._wake.set()
+
+    def close(self) -> None:
+        """Stop watching."""
+        self.end()
+        if not self._left:
+            self._left = True
+            self._leave(self)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,4 +85,3 @@ def run(name: str, url: str, prompt: str, folder: Path, seconds: float = 90.0) -
 
 if __name__ == "__main__":
     install()
-    sys.exit(0)

@@ -74,12 +74,10 @@ def ollama_says(agent: str, received: Received) -> Script:
     if received.path != "/api/chat":
         return json_answer({"models": []})
     function = called(agent, received)
-    said = (
-        {"content": "All is done."}
-        if function is None
-        else {"content": "", "tool_calls": [{"id": "call_1", "function": function}]}
-    )
-    told = [{"message": {"role": "assistant", **said}, "done": False}]
+    said: dict[str, Any] = {"content": "All is done."}
+    if function is not None:
+        said = {"content": "", "tool_calls": [{"id": "call_1", "function": function}]}
+    told: list[dict[str, Any]] = [{"message": {"role": "assistant", **said}, "done": False}]
     told.append({"message": {"role": "assistant", "content": ""}, "done": True, "done_reason": "stop", "eval_count": 5})
     return stream([json.dumps({"model": MODEL, **line}).encode() + b"\n" for line in told])
 

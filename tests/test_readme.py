@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import readme
+
 import router
 
 ROOT = Path(__file__).resolve().parent.parent

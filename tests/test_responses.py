@@ -550,7 +550,7 @@ def anthropic_thinking() -> list[bytes]:
         ),
     ]
     usage = {"input_tokens": 10, "output_tokens": 1}
-    message = {
+    message: dict[str, Any] = {
         "id": "msg_1",
         "type": "message",
         "role": "assistant",
