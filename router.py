@@ -466,7 +466,7 @@ class App:
         self.draining = False
         self.port = config.server.port
         self._opening = threading.Lock()
-                self.refused: Counter[str] = Counter()
+        self.refused: Counter[str] = Counter()
         self._started = time.monotonic()
         self.log = RequestLog(config.logging) if config.logging.enabled else None
         if self.log:

@@ -36,7 +36,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 log = logging.getLogger("opensourcellmrouter.telemetry")
@@ -292,6 +292,14 @@ def _is_under_way(record: Mapping[str, Any]) -> bool:
     return bool(record["stream"] and record["opened_ms"] is not None and record["status"] < 400)
 
 
+class _Fault(NamedTuple):
+    """What went wrong somewhere; it is a failure unless it was the client's own doing."""
+
+    kind: str
+    message: str
+    failure: bool
+
+
 class _Tree:
     """The spans of one record in the making."""
 
@@ -302,8 +310,8 @@ class _Tree:
         self._start = record["ts_ns"]
         self._root = self._trace.span_id if self._trace else _digest(record["generation_id"])
         self._first = int(self._root, 16)
-        self._failed = record["outcome"] in _FAILED and record["status"] not in _CLIENTS_OWN
-        self._setup = "dispatch_stream" if record["stream"] else "dispatch"
+        self._fault = _fault(record, record["outcome"] in _FAILED)
+        self._faults = [self._attempt_fault(a) for a in record["attempts"]]
         self._response = record["response"] or {}
         usage = self._response.get("usage") if record["usage_source"] != "none" else None
         self._usage = {
@@ -324,7 +332,7 @@ class _Tree:
             "router.overhead_ms": record["overhead_ms"],
         }  # fmt: skip
         parent = self._trace.parent_span_id if self._trace else None
-        self._add("request", self._root, parent, 0, record["duration_ms"], attributes, kind="server", error=self._error())
+        self._add("request", self._root, parent, 0, record["duration_ms"], attributes, kind="server", fault=self._fault)
 
     def dispatch(self) -> None:
         record = self.record
@@ -334,25 +342,25 @@ class _Tree:
             "router.rule": record["rule"], "router.dropped": record["dropped"] or None,
             "router.outcome": None if _is_under_way(record) else record["outcome"],
         }  # fmt: skip
-        error = None if _is_under_way(record) else self._error()
+        name, fault = "dispatch_stream" if record["stream"] else "dispatch", None if _is_under_way(record) else self._fault
         opened = record["duration_ms"] if record["opened_ms"] is None else record["opened_ms"]
-        span = self._add(self._setup, self._id(1), self._root, 0, opened, attributes, error=error)
-        if self._failed and not record["attempts"]:
-            span["events"] = [self._exception(span, record)]
+        span = self._add(name, self._id(1), self._root, 0, opened, attributes, fault=fault)
+        if fault and fault.failure and not any(f and f.failure for f in self._faults):
+            span["events"] = [_exception(span, fault)]
 
     def attempt(self, index: int, attempt: Mapping[str, Any], content: bool) -> None:
         last = index == len(self.record["attempts"]) - 1
         send, call = self._id(8 * index + 8), attempt["span_id"] or self._id(8 * index + 9)
         start, end = attempt["start_ms"], attempt["start_ms"] + (attempt["duration_ms"] or 0)
-        error = self._attempt_error(attempt, last)
+        fault = self._faults[index]
         who = {"provider": attempt["provider"], "model": attempt["model"]}
         attributes = {**who, "router.attempt": attempt["attempt"], **self._gen_ai(attempt, last)}
         if content and last:
             attributes |= _content(self.record)
-        sent = self._add("provider.send", send, self._id(1), start, end, attributes, error=error)
-        if error and error[2]:
-            sent["events"] = [self._exception(sent, attempt)]
-        self._add("provider.http", call, send, start, end, _http(attempt), kind="client", error=error)
+        sent = self._add("provider.send", send, self._id(1), start, end, attributes, fault=fault)
+        if fault and fault.failure:
+            sent["events"] = [_exception(sent, fault)]
+        self._add("provider.http", call, send, start, end, _http(attempt), kind="client", fault=fault)
         for n, (name, begin_ms, end_ms) in enumerate(_phases(attempt)):
             self._add(name, self._id(8 * index + 10 + n), send, start + begin_ms, start + end_ms, who)
 
@@ -364,7 +372,7 @@ class _Tree:
             "gen_ai.response.time_to_first_chunk": _seconds(record["ttft_ms"]),
         }  # fmt: skip
         start, end = record["opened_ms"], record["duration_ms"]
-        self._add("dispatch_stream.body", self._id(2), self._id(1), start, end, attributes, error=self._error())
+        self._add("dispatch_stream.body", self._id(2), self._id(1), start, end, attributes, fault=self._fault)
 
     def _gen_ai(self, attempt: Mapping[str, Any], last: bool) -> dict[str, Any]:
         """The GenAI conventions' attributes of one exchange with a provider; the answer is that of the last attempt."""
@@ -393,21 +401,10 @@ class _Tree:
         reason = self._response.get("finish_reason")
         return [reason] if reason else None
 
-    def _error(self) -> tuple[str, str, bool] | None:
-        """(type, message, did it fail) of what ended the request early."""
-        kind = self.record["error_type"]
-        return (kind, self.record["error"] or kind, self._failed) if kind else None
-
-    def _attempt_error(self, attempt: Mapping[str, Any], last: bool) -> tuple[str, str, bool] | None:
-        kind = attempt["error_type"]
-        if not kind:
-            return None
-        left = last and self.record["outcome"] == "cancelled" and kind == self.record["error_type"]
-        return kind, attempt["error"] or kind, not left and attempt["status"] not in _CLIENTS_OWN
-
-    def _exception(self, span: Span, failed: Mapping[str, Any]) -> dict[str, Any]:
-        told = {"exception.type": failed["error_type"], "exception.message": failed["error"]}
-        return {"name": "exception", "time_ns": span["end_ns"], "attributes": _clean(told)}
+    def _attempt_fault(self, attempt: Mapping[str, Any]) -> _Fault | None:
+        record = self.record
+        left = record["outcome"] == "cancelled" and attempt["error_type"] == record["error_type"]
+        return _fault(attempt, failed=not left)
 
     def _id(self, number: int) -> str:
         """The id of a span that nobody outside was told of: steps from the first one, so that it need not be stored."""
@@ -415,19 +412,30 @@ class _Tree:
 
     def _add(
         self, name: str, span_id: str, parent: str | None, begin_ms: float, end_ms: float, attributes: dict[str, Any],
-        *, kind: str = "internal", error: tuple[str, str, bool] | None = None,
+        *, kind: str = "internal", fault: _Fault | None = None,
     ) -> Span:  # fmt: skip
-        if error:
-            attributes["error.type"] = error[0]
+        if fault:
+            attributes["error.type"] = fault.kind
+        failure = fault if fault and fault.failure else None
         start = self._start + int(begin_ms * 1e6)
         span: Span = {
             "name": name, "kind": kind, "span_id": span_id, "parent_span_id": parent,
             "start_ns": start, "end_ns": max(start, self._start + int(end_ms * 1e6)), "attributes": _clean(attributes),
-            "status": "error" if error and error[2] else None,
-            "status_message": _text(error[1], 1024) if error and error[2] else None, "events": [],
+            "status": failure and "error", "status_message": failure and _text(failure.message, 1024), "events": [],
         }  # fmt: skip
         self.spans.append(span)
         return span
+
+
+def _fault(told: Mapping[str, Any], failed: bool) -> _Fault | None:
+    """What went wrong with a request or an attempt; a client's own 4xx is no failure."""
+    kind = told["error_type"]
+    return _Fault(kind, told["error"] or kind, failed and told["status"] not in _CLIENTS_OWN) if kind else None
+
+
+def _exception(span: Span, fault: _Fault) -> dict[str, Any]:
+    told = {"exception.type": fault.kind, "exception.message": fault.message}
+    return {"name": "exception", "time_ns": span["end_ns"], "attributes": _clean(told)}
 
 
 def _digest(text: str) -> str:

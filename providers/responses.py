@@ -241,14 +241,15 @@ def _part(part: Any, place: str) -> Block:
     raise BadRequest(f"{place}.type: unknown part", param=place)
 
 
-def _document(part: Any, place: str) -> Block:
+def _document(part: Item, place: str) -> Block:
     """A file by its bytes (a data: URL), its URL, or the id under which it was uploaded to its vendor."""
-    named = {"filename": part["filename"]} if isinstance(part.get("filename"), str) else {}
-    if part.get("file_data") is not None:
-        head, comma, data = _string(part, "file_data", place).rpartition(",")
-        return {"type": "document", "media_type": head[5:].split(";")[0] if comma else "application/pdf", "data": data, **named}
-    key, field = ("url", "file_url") if part.get("file_url") is not None else ("file_id", "file_id")
-    return {"type": "document", key: _string(part, field, place), **named}
+    told = {ours: _string(part, name, place) for name, ours in _FILE.items() if part.get(name) is not None}
+    if not told.keys() & {"file_data", "url", "file_id"}:
+        raise BadRequest(f"{place} must have file_data, file_url or file_id", param=place)
+    return openai.document_block(told)
+
+
+_FILE = {"file_data": "file_data", "file_url": "url", "file_id": "file_id", "filename": "filename"}
 
 
 def _tool(tool: Any, place: str) -> Tool:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,6 +121,46 @@ def test_health_answers_under_the_default_limits_with_every_slot_taken(router: R
     assert answered.count(200) == len(upstream.posts) >= 4
     assert answered.count(503) == 30 - len(upstream.posts)
     process.settled(30)
+
+
+def cpu_seconds(process: RouterProcess) -> float:
+    columns = Path(f"/proc/{process.pid}/stat").read_text("ascii").rpartition(")")[2].split()
+    return (int(columns[11]) + int(columns[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_an_idle_router_sleeps_and_waiting_costs_next_to_nothing(router: RouterFactory, upstream: FakeUpstream) -> None:
+    process = router()
+    process.chat()
+    began = cpu_seconds(process)
+    time.sleep(2)  # the measure itself
+    assert cpu_seconds(process) - began < 0.1
+    gate = threading.Event()
+    upstream.default = held(gate)
+    with ThreadPoolExecutor(30) as pool:
+        waiting = list(pool.map(lambda _: process.stream(), range(30)))
+        began = cpu_seconds(process)
+        time.sleep(2)
+        assert cpu_seconds(process) - began < 0.6, "30 streams wait for a silent model"
+        gate.set()
+        for reply in waiting:
+            assert reply.read().endswith(b"data: [DONE]\n\n")
+            reply.close()
+
+
+def test_a_big_prompt_is_answered_soon_and_does_not_stay(router: RouterFactory, upstream: FakeUpstream) -> None:
+    process = router(logging="content = false")
+    process.chat()
+    memory = process.memory()
+    messages = [{"role": "user", "content": "word " * 20}] * 200_000
+    body = json.dumps({"model": "fake-model", "messages": messages}).encode()
+    assert 20_000_000 < len(body) < 33_000_000
+    for _ in range(3):
+        asked = time.monotonic()
+        assert process.post("/v1/chat/completions", body, timeout=60).status == 200
+        assert time.monotonic() - asked < 30
+    assert len(upstream.posts[1].json()["messages"]) == 200_000
+    process.settled(4)
+    assert process.memory() - memory < 400 << 20
 
 
 # --- clients that do not read
@@ -414,6 +456,7 @@ def test_waiting_clients_get_the_head_in_time_and_then_heartbeats(router: Router
     """One waits for the first word and one for the next, both for longer than two heartbeats are apart."""
     process = router(provider="read_timeout = 60\nidle_timeout = 60")
     gate = threading.Event()
+    both_have_waited = threading.Barrier(2, action=gate.set, timeout=60)
     first = openai_chunks("early", finish=None, done=False)
     rest = chunks(openai_chunks("slow")) + end()
     before, between = hold(gate, 90) + stream_head() + rest, stream_head() + chunks(first) + hold(gate, 90) + rest
@@ -430,7 +473,7 @@ def test_waiting_clients_get_the_head_in_time_and_then_heartbeats(router: Router
                     times.append(time.monotonic() - asked)
                 if len(times) == beats:
                     break
-            gate.wait(60)
+            both_have_waited.wait()
             assert reply.read().endswith(b"data: [DONE]\n\n")
         return headed, times
 
@@ -438,8 +481,6 @@ def test_waiting_clients_get_the_head_in_time_and_then_heartbeats(router: Router
         waiting = pool.submit(wait, before, 2)
         upstream.wait_for(1)
         pausing = pool.submit(wait, between, 1)
-        until(lambda: gate.is_set() or waiting.done() or len(upstream.posts) == 2)
-        threading.Timer(36, gate.set).start()
         headed, beats = waiting.result()
         assert headed < 12, "the head is held back for a few seconds, not for the model"
         assert beats[0] < 25
