@@ -40,6 +40,7 @@ matrix: $(VENV)/tested
 # coding agents from the npm registry, one tool round trip each
 agents: $(VENV)/tested
 	$(BIN)/python tests/agents.py
+	$(BIN)/python -m pytest -n 0 tests/test_agents.py
 
 screenshots: $(VENV)/tested
 	$(BIN)/python tests/screenshots.py

@@ -599,7 +599,7 @@ class Destination:
     endpoint: str = field(default="", metadata=_doc("otel-collector: the URL as it is; axiom, honeycomb, lightstep: a region's"))
     headers: dict[str, Any] = field(default_factory=dict, metadata=_doc("further request headers, for authentication"))
     base_url: str = field(default="", metadata=_doc("grafana, jaeger, tempo: the gateway; /v1/traces is added"))
-    instance_id: str = field(default="", metadata=_doc("grafana: the numeric id"))
+    instance_id: str | int = field(default="", metadata=_doc("grafana: the numeric id"))
     api_key: str = field(default="", metadata=_doc("grafana, honeycomb"))
     token: str = field(default="", metadata=_doc("axiom"))
     dataset: str = field(default="", metadata=_doc("axiom; honeycomb Classic"))
@@ -616,6 +616,7 @@ class Destination:
     )
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "instance_id", str(self.instance_id))
         if not self.name or len(self.name) > 128 or not self.name.isprintable():
             raise ValueError("name: 1 to 128 printable characters")
         if self.type not in TYPES:
@@ -660,7 +661,7 @@ def _region(given: str, home: str) -> str:
 
 
 def _grafana(d: Destination, url: str) -> Place:
-    joined = base64.b64encode(f"{d.instance_id.strip()}:{d.api_key.strip()}".encode()).decode()
+    joined = base64.b64encode(f"{str(d.instance_id).strip()}:{d.api_key.strip()}".encode()).decode()
     url = _home(url or GRAFANA_HOME, "https", "/otlp/v1/traces", "/v1/traces", "/otlp")
     return url, {"Authorization": f"Basic {joined}"}
 
@@ -720,7 +721,7 @@ def _check_fields(d: Destination) -> None:
         in_a_header = name not in (*URLS, "headers", "method", "path")
         if given and in_a_header and not HEADER_VALUE.fullmatch(value.strip()):
             raise ValueError(f"{name}: holds a character that a header cannot carry; paste it again")
-    if d.instance_id and not re.fullmatch(r"[0-9]{1,20}", d.instance_id.strip()):
+    if d.instance_id and not re.fullmatch(r"[0-9]{1,20}", str(d.instance_id).strip()):
         raise ValueError("instance_id: must be digits only; it is the number on the stack's page")
     if d.method not in ("POST", "PUT"):
         raise ValueError("method: must be POST or PUT")

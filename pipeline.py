@@ -12,6 +12,7 @@ Rules, plugins and classifiers are tables of small parts: `RULES`, `PLUGINS`, `C
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import math
 import random
@@ -134,8 +135,12 @@ class Lane:
         """What the request needs that this provider cannot do with this model; None if nothing is known to be missing."""
         if request.operation not in ("chat", "count_tokens", *getattr(self.upstream.language, "OPERATIONS", ())):
             return request.operation
+        return next((need for need in needs(request) if self.cannot(model, need)), None)
+
+    def cannot(self, model: str, need: str) -> bool:
+        """Is this model known to be unable to do this? (What nobody told of it, it may be able to do.)"""
         able = self.capabilities.get(model) or self.capabilities.get(f"{model}:latest")
-        return None if able is None else next((need for need in needs(request) if need not in able), None)
+        return able is not None and len(able) > 0 and need not in able
 
     def resting(self) -> float:
         """Seconds until this provider may be asked again; 0 when it may."""
@@ -199,7 +204,8 @@ class Lane:
 def needs(request: Request) -> list[str]:
     """The capabilities that a request calls for, in Ollama's words (its /api/show lists them)."""
     images = any(b["type"] == "image" for m in request.messages for b in m.content)
-    return [*(["vision"] if images else []), *(["tools"] if request.tools and request.tool_choice != "none" else [])]
+    functions = any(t.extra.get("type", "function") == "function" or t.parameters for t in request.tools)
+    return [*(["vision"] if images else []), *(["tools"] if functions and request.tool_choice != "none" else [])]
 
 
 # Rules ----------------------------------------------------------------------------------------------------------------
@@ -431,7 +437,7 @@ class Attempt:
     def __init__(self, run: Run, candidate: Candidate, number: int) -> None:
         self._run, self._lane = run, candidate.lane
         self._upstream = candidate.lane.upstream
-        native = run.request.format == "responses" and self._lane.provider.responses
+        native = run.request.native("responses") and self._lane.provider.responses
         self._language = providers.language("responses") if native else self._upstream.language
         self.native = run.request.native("responses" if native else self._lane.provider.format)
         self._began = time.monotonic()
@@ -456,6 +462,9 @@ class Attempt:
             self.native = False
             yield [(b"", [Used(Usage(input_tokens=estimate(request.text())))])]
             return
+        if request.reasoning and self._lane.cannot(self.candidate.model, "thinking"):
+            request = dataclasses.replace(request, reasoning=None, dropped=[*request.dropped, "reasoning"])
+            self._run.request.dropped = request.dropped
         self.call = self._language.build(request, self.candidate.model, self._lane.provider)
         self._mark(self.call)
         self.record["kind"] = self.call.kind
@@ -646,6 +655,7 @@ class Run:
         self._first: Blocks | None = None
         self._render: Callable[[Blocks], bytes] = lambda blocks: b""
         self._tail: Callable[[], bytes] = bytes
+        self._render_error: Callable[[RequestError], bytes] = providers.language(request.format).render_stream_error
         self._emit("start", model=request.model, in_flight=self.in_flight)
 
     # what interrupts a wait
@@ -822,6 +832,7 @@ class Run:
             renderer = face.Renderer(self.request, self._stamp())
             self._render = lambda blocks: b"".join(renderer.feed(e) for _, events in blocks for e in events)
             self._tail = renderer.end
+            self._render_error = getattr(renderer, "fail", face.render_stream_error)
 
     def _stamp(self) -> Stamp:
         model = self.answer.model or (self.attempt.candidate.model if self.attempt else self.request.model)
@@ -854,8 +865,7 @@ class Run:
         except RequestError as e:
             self._fail(e)
             self._ended = True
-            frame: bytes = providers.language(self.request.format).render_stream_error(e)
-            return frame
+            return self._render_error(e)
         except ClientGone as e:
             self._fail(e)
             self._ended = True
@@ -867,8 +877,7 @@ class Run:
             self._ended = True
             error = RequestError("internal error", code="internal")
             self._fail(error)
-            told: bytes = providers.language(self.request.format).render_stream_error(error)
-            return told
+            return self._render_error(error)
 
     def _next(self) -> bytes:
         while True:
@@ -1022,6 +1031,8 @@ _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool
 
 def header_text(value: str) -> str:
     """A value as it can stand in a response header: what is not printable ASCII becomes a question mark."""
+    if value.isascii() and value.isprintable():
+        return value[:1024]
     return "".join(c if " " <= c <= "~" else "?" for c in value[:1024])
 
 

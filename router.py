@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import gc
 import hmac
 import json
@@ -280,9 +281,9 @@ def _suggest(name: str, known: Iterable[str]) -> str:
 class RequestLog:
     """One JSON line per finished request, written by a thread of its own so that no request waits for a disk.
 
-    Each line is one write to a file opened for appending. The path is looked at before a write, at most once a second, so
-    rename and copytruncate lose nothing. A disk that cannot be written to costs lines, which are counted and warned of
-    once a minute; where a line was torn, the next begins on a line of its own.
+    A line is part of one write to a file opened for appending, and never of two. The path is looked at before a write, at
+    most once a second, so rename and copytruncate lose nothing. A disk that cannot be written to costs lines, which are
+    counted and warned of once a minute; where a line was torn, the next begins on a line of its own.
     """
 
     QUEUE = 10_000
@@ -313,29 +314,42 @@ class RequestLog:
         self._thread.join(seconds)
 
     def _write_all(self) -> None:
-        while (event := self._queue.get()) is not None:
-            try:
-                self._write(event)
-            except Exception as e:  # noqa: BLE001 - one record that cannot be written must not end the log
-                self._lost(type(e).__name__)
-            if self._queue.empty():
-                time.sleep(0.02)  # under load the next lines are then written in one go, without waking a thread for each
+        ending = False
+        while not ending:
+            batch, ending = self._batch()
+            if batch:
+                self._write(batch)
+                time.sleep(0.02)  # what comes meanwhile is then written in one go, without waking a thread for each
         if self._fd is not None:
             os.close(self._fd)
 
-    def _write(self, event: dict[str, Any]) -> None:
-        line = _line(event if self._content else without_content(event))
+    def _batch(self) -> tuple[list[bytes], bool]:
+        """The lines that wait, a quarter megabyte at most, and whether they are the last."""
+        lines, size = [], 0
+        event = self._queue.get()
+        while event is not None:
+            try:
+                lines.append(_line(event if self._content else without_content(event)))
+                size += len(lines[-1])
+            except Exception as e:  # noqa: BLE001 - one record that cannot be written must not end the log
+                self._lost(1, type(e).__name__)
+            if size > 262_144 or self._queue.empty():
+                return lines, False
+            event = self._queue.get()
+        return lines, True
+
+    def _write(self, lines: list[bytes]) -> None:
         try:
             fd = self._file()
-            if self._torn:
-                line = b"\n" + line
-            done = os.write(fd, line)
+            data = b"".join([b"\n", *lines] if self._torn else lines)
+            done = os.write(fd, data)
         except OSError as e:
-            return self._lost(e.strerror or type(e).__name__)
-        self._torn = done < len(line)
-        if self._torn:
-            return self._lost("only part of a line could be written")
-        self.written += 1
+            return self._lost(len(lines), e.strerror or type(e).__name__)
+        whole = data[:done].count(b"\n") - (data[:1] == b"\n")
+        self.written += whole
+        self._torn = done < len(data) and data[done - 1 : done] != b"\n"
+        if done < len(data):
+            return self._lost(len(lines) - whole, "only part of it could be written")
         return None
 
     def _file(self) -> int:
@@ -363,8 +377,8 @@ class RequestLog:
             return False
         return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
 
-    def _lost(self, why: str) -> None:
-        self.dropped += 1
+    def _lost(self, lines: int, why: str) -> None:
+        self.dropped += lines
         if time.monotonic() - self._warned >= 60:
             self._warned = time.monotonic()
             log.warning("cannot write to %s: %s; %d lines lost so far", self._path, why, self.dropped)
@@ -857,6 +871,7 @@ _PASSED_HEADERS = {
 }
 
 
+@functools.lru_cache(256)
 def _cased(name: str) -> str:
     return "-".join(part.capitalize() for part in name.split("-"))
 
@@ -1181,16 +1196,18 @@ def _channel_class(app: App) -> type:
 
         def parse_header(self, header_plus: bytes) -> None:
             lines = header_plus.split(b"\r\n")[1:]
-            names = Counter(line.partition(b":")[0].lower() for line in lines)
-            codings = b",".join(line for line in lines if line[:18].lower() == b"transfer-encoding:")
-            if any(line[:1] in (b" ", b"\t") for line in lines) or any(names[n] > 1 for n in _SINGLE) or b"," in codings:
+            names = [line.partition(b":")[0].lower() for line in lines]
+            single = [name for name in names if name in _SINGLE]
+            folded = b"\r\n " in header_plus or b"\r\n\t" in header_plus
+            coded = b"transfer-encoding" in single
+            if folded or len(single) != len(set(single)) or (coded and b"content-length" in single):
                 raise ParsingError("ambiguous header")
-            if names[b"transfer-encoding"] and names[b"content-length"]:
-                raise ParsingError("two lengths")
+            if coded and b"," in lines[names.index(b"transfer-encoding")]:
+                raise ParsingError("more than one transfer coding")
             super().parse_header(header_plus)
-            if names[b"transfer-encoding"] and self.version != "1.1":
+            if coded and self.version != "1.1":
                 raise ParsingError("Transfer-Encoding in HTTP/1.0")
-            if self.version == "1.1" and not names[b"host"]:
+            if self.version == "1.1" and b"host" not in single:
                 raise ParsingError("no Host")
             if self.content_length > limit:
                 self._discard()
@@ -1238,14 +1255,16 @@ def _channel_class(app: App) -> type:
     return Channel
 
 
-_SINGLE = (
-    b"content-length",
-    b"transfer-encoding",
-    b"host",
-    b"authorization",
-    b"x-api-key",
-    b"content-type",
-    b"content-encoding",
+_SINGLE = frozenset(
+    (
+        b"content-length",
+        b"transfer-encoding",
+        b"host",
+        b"authorization",
+        b"x-api-key",
+        b"content-type",
+        b"content-encoding",
+    )
 )
 _PARSE_ERRORS = {
     400: ("malformed_http", "the HTTP request is malformed"),

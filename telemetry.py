@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import http.client
 import io
 import json
 import logging
@@ -36,8 +35,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from email.utils import parsedate_to_datetime
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote, urlsplit
+
+if TYPE_CHECKING:
+    from http.client import HTTPConnection, HTTPResponse
 
 log = logging.getLogger("opensourcellmrouter.telemetry")
 
@@ -273,11 +275,12 @@ def spans(record: Mapping[str, Any], content: bool = False) -> list[Span]:
     """
     tree = _Tree(record)
     tree.request()
-    tree.dispatch()
+    outcome = tree.dispatch()
     for index, attempt in enumerate(record["attempts"]):
         tree.attempt(index, attempt, content)
     if _is_under_way(record):
-        tree.body()
+        outcome = tree.body()
+    tree.explain(outcome)
     return tree.spans
 
 
@@ -334,7 +337,7 @@ class _Tree:
         parent = self._trace.parent_span_id if self._trace else None
         self._add("request", self._root, parent, 0, record["duration_ms"], attributes, kind="server", fault=self._fault)
 
-    def dispatch(self) -> None:
+    def dispatch(self) -> Span:
         record = self.record
         attributes = {
             "request_id": record["generation_id"], "provider": record["provider"],
@@ -344,9 +347,7 @@ class _Tree:
         }  # fmt: skip
         name, fault = "dispatch_stream" if record["stream"] else "dispatch", None if _is_under_way(record) else self._fault
         opened = record["duration_ms"] if record["opened_ms"] is None else record["opened_ms"]
-        span = self._add(name, self._id(1), self._root, 0, opened, attributes, fault=fault)
-        if fault and fault.failure and not any(f and f.failure for f in self._faults):
-            span["events"] = [_exception(span, fault)]
+        return self._add(name, self._id(1), self._root, 0, opened, attributes, fault=fault)
 
     def attempt(self, index: int, attempt: Mapping[str, Any], content: bool) -> None:
         last = index == len(self.record["attempts"]) - 1
@@ -364,7 +365,7 @@ class _Tree:
         for n, (name, begin_ms, end_ms) in enumerate(_phases(attempt)):
             self._add(name, self._id(8 * index + 10 + n), send, start + begin_ms, start + end_ms, who)
 
-    def body(self) -> None:
+    def body(self) -> Span:
         record = self.record
         attributes = {
             "provider": record["provider"], "model": record["sent_model"], "router.outcome": record["outcome"],
@@ -372,7 +373,12 @@ class _Tree:
             "gen_ai.response.time_to_first_chunk": _seconds(record["ttft_ms"]),
         }  # fmt: skip
         start, end = record["opened_ms"], record["duration_ms"]
-        self._add("dispatch_stream.body", self._id(2), self._id(1), start, end, attributes, fault=self._fault)
+        return self._add("dispatch_stream.body", self._id(2), self._id(1), start, end, attributes, fault=self._fault)
+
+    def explain(self, outcome: Span) -> None:
+        """A failure that no attempt is to blame for is told of where the outcome stands."""
+        if self._fault and self._fault.failure and not any(f and f.failure for f in self._faults):
+            outcome["events"] = [_exception(outcome, self._fault)]
 
     def _gen_ai(self, attempt: Mapping[str, Any], last: bool) -> dict[str, Any]:
         """The GenAI conventions' attributes of one exchange with a provider; the answer is that of the last attempt."""
@@ -533,14 +539,19 @@ _CONTENT = frozenset(("gen_ai.input.messages", "gen_ai.output.messages", "gen_ai
 CONTENT_CHARS = 256 * 1024
 """The most of each of these that a span holds; of a longer conversation its last messages stay."""
 PIECE_CHARS = 64 * 1024
+_LARGE = 8 * 1024 * 1024
+"""A conversation larger than this is not captured: only cutting it down would hold up everything else."""
 
 
 def _content(record: Mapping[str, Any]) -> dict[str, Any]:
+    if record.get("size", 0) > _LARGE:
+        return {"router.content_truncated": True}
     told: dict[str, Any] = {}
     if record["system"]:
         told["gen_ai.system_instructions"] = _dump([{"type": "text", "content": _text(record["system"], PIECE_CHARS)}])
-    told["gen_ai.input.messages"], whole = _conversation(record["messages"])
-    told["router.content_truncated"] = None if whole else True
+    if record["messages"]:
+        told["gen_ai.input.messages"], whole = _conversation(record["messages"])
+        told["router.content_truncated"] = None if whole else True
     if record["tools"]:
         told["gen_ai.tool.definitions"] = _listed({"type": "function", **_deep(t)} for t in record["tools"])
     if record["response"]:
@@ -675,7 +686,7 @@ def _any_value(value: Any) -> bytes:
 def _field(tag: bytes, data: bytes) -> bytes:
     """A field of variable length."""
     size = len(data)
-    return tag + (_SIZES[size] if size < 16384 else _varint(size)) + data
+    return tag + (_SIZES[size] if size < 1024 else _varint(size)) + data
 
 
 def _varint(number: int) -> bytes:
@@ -687,7 +698,7 @@ def _varint(number: int) -> bytes:
     return bytes(out)
 
 
-_SIZES = [_varint(n) for n in range(16384)]
+_SIZES = [_varint(n) for n in range(1024)]
 
 
 # 5. Delivery ----------------------------------------------------------------------------------------------------------
@@ -744,7 +755,7 @@ class Post:
         self._parts = urlsplit(url)
         self._headers = {**headers, "content-type": "application/x-protobuf"}
         self._patience, self._tell, self._read = patience, tell, read
-        self._connection: http.client.HTTPConnection | None = None
+        self._connection: HTTPConnection | None = None
         self._stopping = threading.Event()
         self._until = float("inf")
         self._not_before = 0.0
@@ -754,7 +765,8 @@ class Post:
         """Deliver an encoded export, again and again where OTLP says so and as long as there is patience."""
         began, tries = time.monotonic(), 0
         while True:
-            self._pause(self._not_before - time.monotonic())
+            if not self._stopping.is_set():
+                self._pause(self._not_before - time.monotonic())
             self.verdict = verdict = self._exchange(data or b"")
             tries += 1
             if not verdict.ok or verdict.message:
@@ -808,23 +820,30 @@ class Post:
 
     # one exchange
     def _exchange(self, data: bytes) -> Verdict:
-        deadline = min(time.monotonic() + EXCHANGE_SECONDS, self._until)
+        import http.client
+
+        deadline = time.monotonic() + EXCHANGE_SECONDS
 
         def left() -> float:
-            seconds = deadline - time.monotonic()
+            seconds = min(deadline, self._until) - time.monotonic()
             if seconds <= 0:
                 raise TimeoutError
             return seconds
 
         try:
             status, headers, body = self._ask(data, left)
-        except (OSError, http.client.HTTPException) as e:
+        except OSError as e:
             self.close()
             return Verdict(ok=False, message=_failure(e), again=True)
+        except http.client.HTTPException:
+            self.close()
+            return Verdict(ok=False, message="what answers there does not speak HTTP")
         return self._judge(status, headers, body)
 
     def _ask(self, data: bytes, left: Callable[[], float]) -> tuple[int, Mapping[str, str], bytes | None]:
         """Status, headers and body of the answer; the body is None if it does not end within its limits."""
+        import http.client
+
         kept = self._connection is not None and self._connection.sock is not None
         try:
             response = self._answer(data, left)
@@ -838,7 +857,7 @@ class Post:
             self.close()
         return response.status, {k.lower(): v for k, v in response.getheaders()}, body
 
-    def _answer(self, data: bytes, left: Callable[[], float]) -> http.client.HTTPResponse:
+    def _answer(self, data: bytes, left: Callable[[], float]) -> HTTPResponse:
         connection = self._connection
         if connection is None or connection.sock is None:
             connection = self._connection = self._connect(left)
@@ -847,14 +866,16 @@ class Post:
         connection.request("POST", f"{self._parts.path}", data, self._headers)
         return connection.getresponse()
 
-    def _connect(self, left: Callable[[], float]) -> http.client.HTTPConnection:
+    def _connect(self, left: Callable[[], float]) -> HTTPConnection:
+        import http.client
+
         host, timeout = self._parts.hostname or "", min(CONNECT_SECONDS, left())
         if self._parts.scheme == "https":
             import ssl
 
             tls = ssl.create_default_context()
             port = self._parts.port or 443
-            connection: http.client.HTTPConnection = http.client.HTTPSConnection(host, port, timeout=timeout, context=tls)
+            connection: HTTPConnection = http.client.HTTPSConnection(host, port, timeout=timeout, context=tls)
         else:
             connection = http.client.HTTPConnection(host, self._parts.port, timeout=timeout)
         connection.connect()
@@ -887,8 +908,10 @@ class Post:
         return Verdict(ok=True, message=message, status=status, rejected=rejected)
 
 
-def _body(response: http.client.HTTPResponse) -> bytes | None:
+def _body(response: HTTPResponse) -> bytes | None:
     """The body of an answer; None if it is too long or does not end."""
+    import http.client
+
     body = b""
     try:
         while piece := response.read(ANSWER_BYTES + 1 - len(body)):
@@ -920,22 +943,22 @@ class _Timed(io.RawIOBase):
         super().close()
 
 
-def _timed_response(left: Callable[[], float], sock: Any, *more: Any, **named: Any) -> http.client.HTTPResponse:
+def _timed_response(left: Callable[[], float], sock: Any, *more: Any, **named: Any) -> HTTPResponse:
+    import http.client
+
     response = http.client.HTTPResponse(sock, *more, **named)
     response.fp.close()
     response.fp = io.BufferedReader(_Timed(sock, left))
     return response
 
 
-def _failure(error: Exception) -> str:
+def _failure(error: OSError) -> str:
     """Why there was no answer, in words that hold no header."""
     if isinstance(error, TimeoutError):
         return "no answer in time"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    if isinstance(error, (ConnectionError, http.client.BadStatusLine)):
-        return "the connection was closed"
-    return type(error).__name__
+    if "certificate" in str(error):
+        return f"certificate verification failed: {getattr(error, 'verify_message', '')}"
+    return error.strerror or ("the connection was closed" if isinstance(error, ConnectionError) else type(error).__name__)
 
 
 def _retry_after(value: str | None) -> float | None:
@@ -1075,9 +1098,13 @@ class Lane:
         return batch
 
     def _deliver(self, batch: list[tuple[Any, int, int]]) -> None:
-        self._export([item for item, _, _ in batch])
-        verdict = self.post.verdict
-        if verdict.status == 413 and len(batch) > 1:
+        try:
+            self._export([item for item, _, _ in batch])
+            verdict = self.post.verdict
+        except Exception as e:  # noqa: BLE001 - a bug may cost the item that wakes it, not the thread and all others
+            log.error("telemetry: %s cannot be encoded: %s", self.signal, type(e).__name__)
+            verdict = Verdict(ok=False, status=413)
+        if verdict.status == 413 and len(batch) > 1:  # too much at once
             half = len(batch) // 2
             self._deliver(batch[:half])
             self._deliver(batch[half:])
@@ -1402,16 +1429,12 @@ def _span_export(post: Post, resource: Any, version: str, content: bool) -> Call
 
     def encoded(items: list[tuple[Trace, Any]]) -> Iterator[bytes]:
         for trace, told in _paced(items):
-            yield encode(trace, told if isinstance(told, list) else spans(told, content and told["size"] < _LARGE))
+            yield encode(trace, told if isinstance(told, list) else spans(told, content))
 
     def export(items: list[tuple[Trace, Any]]) -> None:
         exporter.export(list(encoded(items)))
 
     return export
-
-
-_LARGE = 8 * 1024 * 1024
-"""A conversation larger than this is not captured: only cutting it down would hold up everything else."""
 
 
 def _scope_head(resource: Any, version: str) -> tuple[bytes, bytes]:
@@ -1434,6 +1457,18 @@ def _export_request(encoded: Iterable[bytes], head: tuple[bytes, bytes]) -> byte
 
 
 # logs
+class Line(NamedTuple):
+    """One line of the program's log on its way out."""
+
+    time_ns: int
+    level: int
+    level_name: str
+    logger: str
+    body: str
+    told: dict[str, str]
+    trace: Trace | None
+
+
 class _Bridge(logging.Handler):
     """Takes the program's own lines, but those about telemetry: they would tell of themselves for ever."""
 
@@ -1472,7 +1507,8 @@ class _Bridge(logging.Handler):
             told = {"exception.type": record.exc_info[0].__name__}
             told["exception.stacktrace"] = "".join(traceback.format_tb(record.exc_info[2]))[-8192:]
         trace: Trace | None = getattr(_here, "trace", None)
-        self._lane.put((int(record.created * 1e9), record, body, told, trace), len(body) + 512)
+        line = Line(int(record.created * 1e9), record.levelno, record.levelname, record.name, body, told, trace)
+        self._lane.put(line, len(body) + 512)
 
 
 def _log_export(post: Post, resource: Any, version: str) -> Callable[[list[Any]], None]:
@@ -1483,22 +1519,21 @@ def _log_export(post: Post, resource: Any, version: str) -> Callable[[list[Any]]
     from opentelemetry.trace import TraceFlags
 
     exporter = _exporter(OTLPLogExporter, post)
-    severities = {10: SeverityNumber.INFO, 20: SeverityNumber.INFO, 30: SeverityNumber.WARN, 40: SeverityNumber.ERROR}
+    severities = {20: SeverityNumber.INFO, 30: SeverityNumber.WARN, 40: SeverityNumber.ERROR}
 
-    def readable(item: tuple[int, logging.LogRecord, str, dict[str, str], Trace | None]) -> Any:
-        time_ns, line, body, told, trace = item
-        severity = severities.get(line.levelno // 10 * 10, SeverityNumber.FATAL)
+    def readable(line: Line) -> ReadableLogRecord:
+        severity = severities.get(line.level // 10 * 10, SeverityNumber.FATAL)
         made = LogRecord(
-            timestamp=time_ns, observed_timestamp=time_ns, severity_text=line.levelname, severity_number=severity,
-            body=_text(body, 8192), attributes=_clean(told),
+            timestamp=line.time_ns, observed_timestamp=line.time_ns, severity_text=line.level_name, severity_number=severity,
+            body=_text(line.body, 8192), attributes=_clean(line.told),
         )  # fmt: skip
-        if trace is not None:
-            made.trace_id, made.span_id = int(trace.trace_id, 16), int(trace.span_id, 16)
-            made.trace_flags = TraceFlags(trace.flags)
-        return ReadableLogRecord(made, resource, InstrumentationScope(line.name, version))
+        if line.trace is not None:
+            made.trace_id, made.span_id = int(line.trace.trace_id, 16), int(line.trace.span_id, 16)
+            made.trace_flags = TraceFlags(line.trace.flags)
+        return ReadableLogRecord(made, resource, InstrumentationScope(line.logger, version))
 
-    def export(items: list[Any]) -> None:
-        exporter.export([readable(item) for item in items])
+    def export(items: list[Line]) -> None:
+        exporter.export([readable(line) for line in items])
 
     return export
 
@@ -1706,8 +1741,8 @@ def _probe_metrics(post: Post, resource: Any, version: str) -> None:
 
 
 def _probe_logs(post: Post, resource: Any, version: str) -> None:
-    line = logging.LogRecord("opensourcellmrouter", logging.INFO, "", 0, "a test line", (), None)
-    _log_export(post, resource, version)([(time.time_ns(), line, line.getMessage(), {}, None)])
+    line = Line(time.time_ns(), logging.INFO, "INFO", "opensourcellmrouter", "a test line", {}, None)
+    _log_export(post, resource, version)([line])
 
 
 _PROBES = {"traces": _probe_traces, "metrics": _probe_metrics, "logs": _probe_logs}

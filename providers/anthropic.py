@@ -166,6 +166,8 @@ def _image(block: Block, place: str) -> Block:
 
 def _document(block: Block, place: str) -> Block:
     """A document by its bytes, its URL, its text, its content blocks, or the id of an uploaded file."""
+    for name in ("title", "context"):
+        read_field(block, name, str, "a string", place=place)
     return {"type": "document", **_source(block, place), **_kept(block, "title", "context", "citations", "cache_control")}
 
 
@@ -253,7 +255,7 @@ def _tool_choice(choice: dict[str, Any] | None) -> tuple[str | None, bool | None
     several = None if single is None else not single
     if choice.get("type") == "tool":
         return "tool:" + read_field(choice, "name", str, "a string", required=True, place=place), several
-    if choice.get("type") not in _CHOICES:
+    if str(choice.get("type")) not in _CHOICES:
         raise BadRequest("tool_choice.type must be auto, any, tool or none", param="tool_choice.type")
     return _CHOICES[choice["type"]], several
 
@@ -637,7 +639,8 @@ def _rebuild(request: Request, model: str, dropped: list[str]) -> dict[str, Any]
 def _refuse(request: Request) -> None:
     if request.n > 1:
         raise BadRequest("an anthropic provider gives one answer, n must be 1", param="n")
-    if "audio" in (request.extra.get("modalities") or ()):
+    modalities = request.extra.get("modalities")
+    if isinstance(modalities, list) and "audio" in modalities:
         raise BadRequest("an anthropic provider does not speak, modalities must be text", param="modalities")
 
 

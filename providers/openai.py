@@ -753,7 +753,7 @@ def _build_parts(block: Block, request: Request) -> list[dict[str, Any]]:
 def _build_image(block: Block, request: Request) -> list[dict[str, Any]] | None:
     if "url" not in block and "data" not in block:
         return None
-    url = block.get("url") or f"data:{block['media_type']};base64,{block['data']}"
+    url = block["url"] if "url" in block else f"data:{block['media_type']};base64,{block['data']}"
     detail = {"detail": block["detail"]} if "detail" in block else {}
     return [{"type": "image_url", "image_url": {"url": url, **detail}}]
 

@@ -75,6 +75,10 @@ def test_any_form_of_grafanas_address_becomes_the_gateways_traces_url(pasted: st
     assert (word, base64.b64decode(joined)) == ("Basic", b"123456:glc_eyJvIjoiMTIzIn0=")
 
 
+def test_the_instance_id_may_be_written_as_a_number() -> None:
+    assert Destination(name="g", **(GRAFANA | {"instance_id": 123456})) == Destination(name="g", **GRAFANA)
+
+
 def test_grafanas_address_has_openrouters_default() -> None:
     assert url_of(Destination(name="g", **GRAFANA)) == "https://otlp-gateway-prod-us-west-0.grafana.net/otlp/v1/traces"
 

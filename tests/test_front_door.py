@@ -330,17 +330,47 @@ def test_stats_have_the_shape_tools_rely_on(app: MakeApp) -> None:
     assert set(stats["log"]) >= {"written", "dropped"}
 
 
-def test_an_upstreams_retry_after_reaches_the_client_only_if_it_is_one(app: MakeApp, upstream: FakeUpstream) -> None:
+RETRY_AFTER = {"7": True, "Wed, 21 Oct 2099 07:28:00 GMT": True} | dict.fromkeys(["soon", "-5", "1.5", "7, 8", ""], False)
+
+
+@pytest.mark.parametrize("given", RETRY_AFTER)
+def test_an_upstreams_retry_after_reaches_the_client_only_if_it_is_one(app: MakeApp, upstream: FakeUpstream, given: str) -> None:
+    upstream.script(error_answer(429, "slow down", {"Retry-After": given}))
+    answer = post(app())
+    assert answer.status == 429
+    assert answer.headers.get("retry-after") == (given if RETRY_AFTER[given] else None)
+
+
+@pytest.mark.parametrize(
+    "model",
+    ["a\r\nX-Evil: 1", "a\nb", "a\x00b", "模型", "fäke", "\ud800", " a ", "x" * 100_000, "a\x7fb", "a/b:c@d", "<b>", "a,b;c=d"],
+    ids=ascii,
+)
+def test_a_model_name_that_no_header_can_carry_does_no_harm(app: MakeApp, upstream: FakeUpstream, model: str) -> None:
+    """It goes upstream as it is; into headers only as far as headers go."""
     application = app()
-    for given, seen in {
-        "7": "7",
-        "Wed, 21 Oct 2099 07:28:00 GMT": "Wed, 21 Oct 2099 07:28:00 GMT",
-        "soon": None,
-    }.items():
-        upstream.script(error_answer(429, "slow down", {"Retry-After": given}))
-        answer = post(application)
-        assert answer.status == 429
-        assert answer.headers.get("retry-after") == seen
+    for streamed in (False, True):
+        answer = post(application, body=chat_body(stream=streamed) | {"model": model})
+        assert answer.status in (200, 400)
+        assert "x-evil" not in answer.headers
+        for name, value in answer.headers.items():
+            assert value.isprintable(), name
+            assert len(value) < 8000, name
+        if answer.status == 200:
+            assert ascii(upstream.posts[-1].json()["model"]) == ascii(model)
+
+
+def test_a_rule_may_have_any_name(app: MakeApp) -> None:
+    rules = '[[routers]]\nname = "Küche → 1\\r\\nX-Evil: 1"\ntype = "fallback"\n'
+    headers = post(app(rules=rules)).headers
+    assert "x-evil" not in headers
+    assert headers["x-router-rule"].isascii()
+
+
+def test_a_query_changes_nothing(app: MakeApp) -> None:
+    application = app()
+    assert post(application, f"{CHAT}?api-version=2024-06-01&x=%ff").status == 200
+    assert application.call("GET", "/v1/models?limit=5").status == 200
 
 
 # --- over a socket
@@ -448,6 +478,21 @@ def test_it_listens_on_a_unix_socket_instead(router: RouterFactory) -> None:
     assert process.chat().status == 200, "a socket file left behind is no obstacle"
 
 
+def test_a_unix_socket_that_is_in_use_is_exit_2(router: RouterFactory) -> None:
+    processes = [router(server='unix_socket = "{tmp}/../router.sock"', start=False) for _ in range(2)]
+    for process in processes:
+        process.port = 1
+        process.write_config()
+        process.socket_path = str(process.folder / "../router.sock")
+    first, second = processes
+    first.launch()
+    wait_up(first)
+    second.launch()
+    assert second.exit_code() == 2
+    assert len(second.errors().strip().splitlines()) == 1
+    assert first.chat().status == 200
+
+
 def wait_up(process: RouterProcess) -> None:
     deadline = time.monotonic() + 10
     while process._up_or_dead() != "up":
@@ -460,6 +505,15 @@ def test_a_forwarded_address_is_believed_only_from_the_trusted_proxy(router: Rou
     process = router(server=proxy)
     process.chat(headers={"X-Forwarded-For": "203.0.113.7"})
     assert process.record()["client_address"] == ("203.0.113.7" if believed else "127.0.0.1")
+
+
+@pytest.mark.parametrize("value", ["<script>", "", ",", "unknown", "x" * 5000, "2001:db8::1", "[2001:db8::1]:443", "1.2.3.4:5"])
+def test_an_odd_forwarded_address_is_no_accident(router: RouterFactory, value: str) -> None:
+    process = router(server='trusted_proxy = "127.0.0.1"')
+    answer = process.chat(headers={"X-Forwarded-For": value})
+    assert answer.status in (200, 400)
+    if answer.status == 200:
+        assert len(process.record()["client_address"]) < 100
 
 
 def test_a_forged_forwarded_address_in_front_of_the_proxys_own_is_not_believed(router: RouterFactory) -> None:
