@@ -934,6 +934,13 @@ class Run:
             self._call_after(part, "on_end")
         self.pipeline.leave(self._record)
         telemetry.leave()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Drop what refers back to this object, so that it goes with its last user and not with the next collection."""
+        self._flow, self._first = iter(()), None
+        self._render = self._tail = self._render_error = _nothing
+        self._attempts, self.attempt, self._error, self._last_error = [], None, None, None
 
     def _usage(self) -> tuple[Usage, str]:
         """Token counts and where they are from: the upstream, or four characters to the token of what was said."""
@@ -1027,6 +1034,10 @@ class Run:
 _TOLD_APART = frozenset(("messages", "system", "input", "instructions", "tools")) | providers.ROUTER_FIELDS
 _TOKENS = (Text, Reasoning, ToolCall)
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+
+
+def _nothing(*_: Any) -> bytes:
+    return b""
 
 
 def header_text(value: str) -> str:

@@ -538,6 +538,8 @@ class App:
         self.config, self.keys, self.pipeline.plan = config, keys, plan
         for lane in gone:
             lane.upstream.close()
+        if self.broadcast is not None and config.broadcast is not None:
+            self.broadcast.reload(config.broadcast)
         self.begin()
         if self.pipeline.discovery is not None:
             self.pipeline.discovery.again()
@@ -698,7 +700,11 @@ class App:
                               code="unsupported_media_type", reason="unsupported_media_type")  # fmt: skip
             body = providers.Body(raw).data
         status, told = self.broadcasting().api(environ["REQUEST_METHOD"], path.removeprefix("/api/v1/observability"), body)
-        return _json(told, status)
+        allow = told.pop("allow", None) if status == 405 else None
+        if "error" in told:
+            told["error"]["src"] = "router"
+        answer = _json(told, status)
+        return dataclasses.replace(answer, headers=[*answer.headers, ("Allow", ", ".join(allow))]) if allow else answer
 
     def broadcasting(self) -> Any:
         """The broadcast room, opened when it is first needed: at start if it is configured, else by the settings API."""
@@ -1413,11 +1419,60 @@ def doctor(args: Any) -> int:
     findings = [(f"provider {name}", *pipeline.examine(lane)) for name, lane in app.pipeline.plan.lanes.items()]
     out = [p.name for p in app.config.providers if p.name not in app.pipeline.plan.lanes]
     findings += [(f"provider {name}", False, "left out: the variable that api_key_env names is not set") for name in out]
+    findings += _telemetry_findings(app.config.telemetry) if app.config.telemetry.enabled else []
+    findings += _broadcast_findings(app.config.broadcast) if app.config.broadcast is not None else []
     app.close()
     width = max(len(what) for what, _, _ in findings)
     for what, ok, text in findings:
         print(f"{_coloured('ok  ', '32') if ok else _coloured('FAIL', '31')} {what:{width}}  {telemetry.scrub(text)}")
     return 0 if all(ok for _, ok, _ in findings) else 1
+
+
+def _telemetry_findings(settings: telemetry.Settings) -> list[tuple[str, bool, str]]:
+    """One test span, metric and log line sent, and what came back."""
+    observer = telemetry.start(settings, __version__)
+    found = [(f"telemetry {f['signal']}", bool(f["ok"]), f"{f['message']} {f['advice'] or ''}".strip()) for f in observer.probe()]
+    observer.flush_and_stop(settings.shutdown_seconds)
+    return found
+
+
+def _broadcast_findings(settings: Any) -> list[tuple[str, bool, str]]:
+    import broadcast
+
+    beside = broadcast.Broadcast(settings, start=False)
+    found = [(f["place"], bool(f["ok"]), f"{f['message']} {f['cure'] or ''}".strip()) for f in beside.doctor()]
+    beside.close(1.0)
+    return found
+
+
+def replay(args: Any) -> int:
+    """Send a file destination's lines on to another destination."""
+    import broadcast
+
+    start_logging(logging.WARNING)
+    settings = load(args.config).broadcast or broadcast.Settings()
+    try:
+        told = broadcast.replay(args.file, settings, args.to)
+    except ValueError as e:
+        raise ConfigError(str(e)) from None
+    except OSError as e:
+        raise ConfigError(f"{args.file}: {e.strerror}") from None
+    dropped = ", ".join(f"{n} {reason}" for reason, n in told["dropped"].items())
+    print(
+        f"{told['lines']} lines, {told['delivered']} delivered"
+        + (f"; dropped: {dropped}; {told['last_error']}" if dropped else "")
+    )
+    return 1 if dropped else 0
+
+
+def watch(args: Any) -> int:
+    """Show the live feed of a running router in a terminal."""
+    from dashboard import terminal
+
+    key = os.environ.get(args.api_key_env, "").strip() if args.api_key_env else None
+    if args.api_key_env and not key:
+        raise ConfigError(f"--api-key-env: the environment variable {args.api_key_env} is not set")
+    return terminal.watch(args.url, key, sys.stdout, sys.stdout.isatty() and "NO_COLOR" not in os.environ)
 
 
 def _coloured(text: str, colour: str) -> str:
@@ -1435,6 +1490,23 @@ COMMANDS: dict[str, tuple[Callable[[Any], int], str, tuple[tuple[tuple[str, ...]
     "serve": (serve, "run the router (the default)", (CONFIG,)),
     "check": (check, "check the configuration and start nothing", (CONFIG,)),
     "doctor": (doctor, "try everything the configuration connects to: causes and cures", (CONFIG,)),
+    "watch": (
+        watch,
+        "show the live feed of a running router",
+        (
+            (("url",), {"nargs": "?", "default": "http://127.0.0.1:8090", "help": "the router (default: http://127.0.0.1:8090)"}),
+            (("--api-key-env",), {"metavar": "NAME", "help": "environment variable with the key"}),
+        ),
+    ),
+    "replay": (
+        replay,
+        "send the lines of a file destination on to another destination",
+        (
+            (("file",), {"help": "the file"}),
+            (("--to",), {"required": True, "metavar": "NAME", "help": "the destination"}),
+            (("--config",), {"default": "config.toml", "help": "where the destination is configured (default: config.toml)"}),
+        ),
+    ),
     "route": (
         route,
         "show who would answer a prompt, and why; nothing is sent",

@@ -581,7 +581,7 @@ def _said(response: Mapping[str, Any]) -> str:
     blocks = [{"type": "thinking", "thinking": response["reasoning"]}] if response["reasoning"] else []
     blocks += [{"type": "text", "text": response["content"]}] if response["content"] else []
     blocks += [{"type": "tool_use", **call, "input": call["arguments"]} for call in response["tool_calls"]]
-    finish = _dump(response["finish_reason"] or "error")
+    finish = _dump(_text(response["finish_reason"] or "error", 64))
     return f'[{{"role":"assistant","parts":{_listed(_part(b) for b in blocks)},"finish_reason":{finish}}}]'
 
 

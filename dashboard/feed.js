@@ -229,7 +229,7 @@ export class Feed {
       }
       if (item.changed) drawCard(item.row.firstChild, item);
       item.changed = false;
-      item.row.firstChild.toggleAttribute("aria-current", item.id === this.selected);
+      item.row.firstChild.setAttribute("aria-current", String(item.id === this.selected));
       if (list.children[place] !== item.row) list.insertBefore(item.row, list.children[place] ?? null);
     });
   }

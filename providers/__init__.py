@@ -1106,6 +1106,7 @@ class Reply:
     def close(self) -> None:
         """Give the connection back, or close it if its answer was not read to the end. May be called again."""
         connection, self._connection = self._connection, None
+        self._take = bytes
         if connection is not None:
             self._upstream.release(connection, reusable=self.finished and self._reusable and not self._rest, headers=self.headers)
 

@@ -368,7 +368,8 @@ class Responses:
     def go_on(self, told: dict[str, Any], seen: Seen, results: list[str]) -> dict[str, Any]:
         items = [item.model_dump(exclude_none=True) for item in seen.turn.output]
         back = [
-            {"type": "function_call_output", "call_id": id, "output": r} for (id, _, _), r in zip(seen.calls, results, strict=True)
+            {"type": "function_call_output", "call_id": id, "output": r}
+            for (id, _, _), r in zip(seen.calls, results, strict=True)
         ]
         again = {k: v for k, v in told.items() if k != "tool_choice"}
         return {**again, "input": [*told["input"], *items, *back]}

@@ -38,7 +38,10 @@ PARAMS: dict[str, TypeAdapter[Any]] = {
     "anthropic": TypeAdapter(MessageCreateParamsNonStreaming),
 }
 WHOLE: dict[str, Any] = {"openai": ChatCompletion, "anthropic": Message}
-STREAMED: dict[str, TypeAdapter[Any]] = {"openai": TypeAdapter(ChatCompletionChunk), "anthropic": TypeAdapter(RawMessageStreamEvent)}
+STREAMED: dict[str, TypeAdapter[Any]] = {
+    "openai": TypeAdapter(ChatCompletionChunk),
+    "anthropic": TypeAdapter(RawMessageStreamEvent),
+}
 BEYOND = {("openai", "image_in_tool_result")}
 """Requests that many servers take although OpenAI's own schema does not have them."""
 
@@ -152,7 +155,11 @@ def test_a_whole_answer_is_retold(name: str, case: str, target: str) -> None:
 WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12).filter(str.strip)
 NAMES = st.sampled_from(["look", "get_weather", "run-it", "Z_9"])
 JSON: st.SearchStrategy[Any] = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=8,
 )
@@ -160,7 +167,9 @@ OBJECTS = st.dictionaries(st.text(min_size=1, max_size=6), JSON, max_size=3)
 PART = st.one_of(
     WORDS.map(lambda t: {"type": "text", "text": t}),
     st.just({"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}),
-    st.binary(min_size=1, max_size=9).map(lambda b: {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{b.hex()}"}}),
+    st.binary(min_size=1, max_size=9).map(
+        lambda b: {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{b.hex()}"}}
+    ),
 )
 USER = st.fixed_dictionaries({"role": st.just("user"), "content": WORDS | st.lists(PART, min_size=1, max_size=3)})
 
@@ -189,7 +198,9 @@ def bodies(draw: st.DrawFn) -> dict[str, Any]:
     names = draw(st.lists(NAMES, unique=True, max_size=3))
     if names:
         schema = {"type": "object", "properties": draw(st.dictionaries(WORDS, st.just({"type": "string"}), max_size=2))}
-        body["tools"] = [{"type": "function", "function": {"name": n, "description": draw(WORDS), "parameters": schema}} for n in names]
+        body["tools"] = [
+            {"type": "function", "function": {"name": n, "description": draw(WORDS), "parameters": schema}} for n in names
+        ]
         named = {"type": "function", "function": {"name": names[0]}}
         body |= draw(st.fixed_dictionaries({}, optional={"tool_choice": st.sampled_from(["auto", "none", "required", named])}))
         body |= draw(st.fixed_dictionaries({}, optional={"parallel_tool_calls": st.just(False)}))
@@ -277,7 +288,10 @@ def streams(draw: st.DrawFn) -> list[Event]:
     told += [providers.Reasoning(t) for t in draw(PIECES)]
     told += [providers.Text(t) for t in draw(PIECES)]
     calls = [
-        [providers.ToolCall(i, f"call_{i}", draw(NAMES)), *(providers.ToolCall(i, arguments=p) for p in _cut_up(json.dumps(draw(OBJECTS))))]
+        [
+            providers.ToolCall(i, f"call_{i}", draw(NAMES)),
+            *(providers.ToolCall(i, arguments=p) for p in _cut_up(json.dumps(draw(OBJECTS)))),
+        ]
         for i in range(draw(st.integers(0, 3)))
     ]
     mixed = draw(st.booleans())
@@ -286,7 +300,9 @@ def streams(draw: st.DrawFn) -> list[Event]:
         told.append((draw(st.sampled_from(waiting)) if mixed else waiting[0]).pop(0))
     reason = "tool_calls" if any(isinstance(e, providers.ToolCall) for e in told) else "stop"
     told.append(providers.Finish(draw(st.sampled_from([reason, "length", "content_filter"]))))
-    used = providers.Usage(draw(st.integers(40, 99)), draw(st.integers(20, 99)), draw(st.integers(0, 20)), draw(st.integers(0, 20)), 7)
+    used = providers.Usage(
+        draw(st.integers(40, 99)), draw(st.integers(20, 99)), draw(st.integers(0, 20)), draw(st.integers(0, 20)), 7
+    )
     return [*told, providers.Used(used), providers.Done()]
 
 
