@@ -933,7 +933,7 @@ _PAGE_HEADERS = (
 
 
 def _arrival(environ: Mapping[str, Any], path: str, key_name: str | None) -> pipeline.Arrival:
-    arrival = pipeline.Arrival(path, environ["REQUEST_METHOD"], environ.get("REMOTE_ADDR", ""), key_name)
+    arrival = pipeline.Arrival(path, environ["REQUEST_METHOD"], environ.get("REMOTE_ADDR", "")[:100], key_name)
     arrival.traceparent, arrival.tracestate = environ.get("HTTP_TRACEPARENT"), environ.get("HTTP_TRACESTATE")
     gone = environ.get("waitress.client_disconnected")
     if gone is not None:
@@ -1249,6 +1249,12 @@ def _channel_class(app: App) -> type:
                 self.began = time.time()
             taken: bool = super().received(data)
             return taken
+
+        def write_soon(self, data: bytes) -> int:
+            if not self.total_outbufs_len:
+                self.last_activity = time.time()  # the client's time to read begins now, not with its last request
+            written: int = super().write_soon(data)
+            return written
 
         def received_late(self, now: float, seconds: float) -> bool:
             """Has a request been on its way for too long? A deadline for the whole of it: one byte now and then is no

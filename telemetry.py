@@ -708,7 +708,8 @@ CONNECT_SECONDS = 5.0
 EXCHANGE_SECONDS = 10.0
 """The most that one exchange with the collector may take, whatever comes back and however slowly."""
 PATIENCE_SECONDS = 300.0
-"""How long one batch is tried again while the collector is away or busy."""
+"""How long one batch is tried again while the collector is away or busy; first after about twice the next number."""
+BACKOFF_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
@@ -771,7 +772,7 @@ class Post:
             tries += 1
             if not verdict.ok or verdict.message:
                 self._tell(f"{self.url}: {verdict.message}")
-            wait = min(0.5 * 2**tries, 10.0) if verdict.wait is None else verdict.wait
+            wait = min(BACKOFF_SECONDS * 2**tries, 10.0) if verdict.wait is None else verdict.wait
             wait *= 1.0 + int.from_bytes(os.urandom(1), "big") / 1280  # up to a fifth more, so that routers do not march in step
             if not verdict.again or not self._may_wait(wait, began):
                 if verdict.wait is not None:

@@ -185,6 +185,7 @@ def _answer(order: dict[str, Any], orders: dict[str, float]) -> Iterator[dict[st
         yield {"error": {"message": "told to fail"}}
         return
     used = 0
+    yield {"input_tokens": order["input_tokens"]}
     if order["tool"]:
         yield {"tool": order["tool"]}
         used, reason = 1 + len(dumps(order["tool"]["arguments"])) // 4, "tool_calls"
@@ -228,8 +229,10 @@ class Parser(BlockParser):
 
     def events(self, block: bytes) -> list[Event]:
         line = read_object(block) or {}
-        events: list[Event] = [] if self._begun else [Begin(model=MODELS[0])]
-        self._begun = True
+        events: list[Event] = []
+        if not self._begun:
+            self._begun = True
+            events += [Begin(model=MODELS[0]), Used(Usage(input_tokens=line.get("input_tokens", 0)))]
         if "text" in line:
             events.append(Text(line["text"]))
         if "tool" in line:

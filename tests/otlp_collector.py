@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -80,7 +81,7 @@ class Received:
 class OtlpCollector:
     """Listens from the start; `script(path, ...)` tells what the next requests to a path are answered, after that OK."""
 
-    def __init__(self, port: int = 0) -> None:
+    def __init__(self, port: int = 0, tls: ssl.SSLContext | None = None) -> None:
         self.received: list[Received] = []
         self.faults: list[str] = []
         self.always: dict[str, Sequence[Step]] = {}
@@ -89,7 +90,8 @@ class OtlpCollector:
         self._listener = socket.create_server(("127.0.0.1", port))
         self._connections: list[socket.socket] = []
         self.port: int = self._listener.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
+        self._tls = tls
         threading.Thread(target=self._accept, daemon=True).start()
 
     def script(self, path: str, *answers: bytes | Sequence[Step]) -> None:
@@ -135,7 +137,7 @@ class OtlpCollector:
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
-        with connection, contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), self._tls.wrap_socket(connection, True) if self._tls else connection as connection:
             source = connection.makefile("rb")
             while request := self._read(source):
                 self._take(request)

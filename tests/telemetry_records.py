@@ -18,7 +18,13 @@ def an_attempt(**changes: Any) -> dict[str, Any]:
 
 
 def a_response(**changes: Any) -> dict[str, Any]:
-    usage = {"input_tokens": 12, "output_tokens": 5, "cached_input_tokens": 4, "cache_write_input_tokens": 2, "reasoning_tokens": 3}
+    usage = {
+        "input_tokens": 12,
+        "output_tokens": 5,
+        "cached_input_tokens": 4,
+        "cache_write_input_tokens": 2,
+        "reasoning_tokens": 3,
+    }
     return {
         "id": "chatcmpl-1", "model": "llama3-8b", "content": "hello", "reasoning": None, "stop_reason": "end_turn",
         "finish_reason": "stop", "native_finish_reason": "stop", "tool_calls": [], "usage": usage, "tags": [], **changes,

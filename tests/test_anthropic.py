@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import anthropic
 import pytest
 from anthropic.types import MessageTokensCount
 from conftest import RouterFactory
-from fake_upstream import FakeUpstream, chunks, end, fin, json_answer, openai_chunks, stream, stream_head
+from fake_upstream import FakeUpstream, chunks, end, fin, hold, json_answer, openai_chunks, stream, stream_head
 from router_process import INBOUND_KEY, PROVIDER_KEY, RouterProcess
 from wire_files import fold, heard, heard_in_pieces, raw
 
@@ -566,14 +567,17 @@ def test_an_error_in_mid_stream_is_raised_by_the_package(
     client: anthropic.Anthropic, process: RouterProcess, upstream: FakeUpstream
 ) -> None:
     told = {"error": {"message": "the model fell over", "type": "server_error", "param": None, "code": None}}
-    upstream.script(stream([*openai_chunks("a b c", done=False, finish=None), b"data: " + json.dumps(told).encode() + b"\n\n"]))
-    seen = ""
+    heard_all, seen = threading.Event(), ""
+    broken = chunks([b"data: " + json.dumps(told).encode() + b"\n\n"]) + end()
+    upstream.script(stream_head() + chunks(openai_chunks("a b c", done=False, finish=None)) + hold(heard_all) + broken)
     with (
         pytest.raises(anthropic.APIStatusError, match="the model fell over"),
         client.messages.stream(model="gpt-x", max_tokens=50, messages=[{"role": "user", "content": "hi"}]) as events,
     ):
         for text in events.text_stream:
             seen += text
+            if seen == "a b c":
+                heard_all.set()
     assert seen == "a b c"
     record = process.record()
     assert (record["outcome"], record["error_type"], record["response"]["content"]) == (

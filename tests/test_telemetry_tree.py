@@ -139,7 +139,9 @@ def test_what_a_local_model_tells_of_its_time_lies_within_its_attempt() -> None:
 
 
 def test_the_decoding_of_a_stream_begins_with_its_first_token() -> None:
-    timed = an_attempt(start_ms=0.0, duration_ms=100.0, first_token_ms=40.0, timings={"load_ms": 0, "prefill_ms": 15.0, "decode_ms": 500.0})
+    timed = an_attempt(
+        start_ms=0.0, duration_ms=100.0, first_token_ms=40.0, timings={"load_ms": 0, "prefill_ms": 15.0, "decode_ms": 500.0}
+    )
     tree = spans(a_stream(attempts=[timed], duration_ms=101.0))
     began = {s["name"]: ((s["start_ns"] - START) / 1e6, (s["end_ns"] - START) / 1e6) for s in tree if s["name"][:6] == "model."}
     assert began == {"model.prefill": (25.0, 40.0), "model.decode": (40.0, 100.0)}
@@ -312,7 +314,9 @@ def test_texts_that_no_backend_could_store_are_repaired() -> None:
 
 
 def test_long_values_are_cut_and_say_so() -> None:
-    tree = spans(a_record(user="u" * 1_000_000, tags=["t"] * 1000, error="e" * 100_000, error_type="x", outcome="error", status=500))
+    tree = spans(
+        a_record(user="u" * 1_000_000, tags=["t"] * 1000, error="e" * 100_000, error_type="x", outcome="error", status=500)
+    )
     assert tree[0]["attributes"]["user.id"] == "u" * 4096 + "…"
     assert len(named(tree, "dispatch")["attributes"]["tags"]) == 128
     assert len(tree[0]["status_message"]) == 1025
