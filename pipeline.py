@@ -133,8 +133,10 @@ class Lane:
 
     def lacks(self, request: Request, model: str) -> str | None:
         """What the request needs that this provider cannot do with this model; None if nothing is known to be missing."""
-        if request.operation not in ("chat", "count_tokens", *getattr(self.upstream.language, "OPERATIONS", ())):
+        if request.operation == "embeddings" and "embeddings" not in getattr(self.upstream.language, "OPERATIONS", ()):
             return request.operation
+        if not self.capabilities:
+            return None
         return next((need for need in needs(request) if self.cannot(model, need)), None)
 
     def cannot(self, model: str, need: str) -> bool:
@@ -144,6 +146,8 @@ class Lane:
 
     def resting(self) -> float:
         """Seconds until this provider may be asked again; 0 when it may."""
+        if not self._failures:
+            return 0.0
         with self._lock:
             if self._probing:
                 return self._breaker.cooldown_seconds

@@ -654,7 +654,9 @@ def _span_fields(span: Span, trace_id: bytes, state: bytes, caller: str | None) 
         parts.append(
             _field(b"\x5a", b"\x09" + _fixed64(event["time_ns"]) + _field(b"\x12", event["name"].encode()) + b"".join(told))
         )
-    parts.append(_field(b"\x7a", _field(b"\x12", span["status_message"].encode()) + b"\x18\x02" if span["status"] else b""))
+    parts.append(
+        _field(b"\x7a", _field(b"\x12", (span["status_message"] or "").encode()) + b"\x18\x02" if span["status"] else b"")
+    )
     # flags: it is known whether the parent is remote, and (second bit) it is
     parts.append(b"\x85\x01\x00\x03\x00\x00" if parent and parent == caller else b"\x85\x01\x00\x01\x00\x00")
     return parts
@@ -1287,7 +1289,7 @@ _ADVICE = (
     (r"refused", "Nothing listens there: is the collector running, and is this its OTLP/HTTP port (usually 4318)?"),
     (r"no answer in time", "Something accepts connections there and does not answer, or a firewall swallows them."),
     (r"certificate", "The collector's certificate is not trusted here; SSL_CERT_FILE may name the authority that signed it."),
-    (r"not OTLP|too long", "Something answers there that is no collector."),
+    (r"not OTLP|too long|not speak HTTP", "Something answers there that is no collector."),
 )
 
 

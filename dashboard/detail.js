@@ -113,8 +113,8 @@ function facts(record) {
 
 function cost(told) {
   if (!told) return null;
-  const price = (unit) => (unit === null ? "" : ` (${money(unit * 1e6)} per 1M)`);
-  return `${money(told.total)}: ${money(told.input)} in${price(told.input_unit_price)}, ${money(told.output)} out${price(told.output_unit_price)}`;
+  const price = (unit) => (unit === null ? "" : ` at ${money(unit * 1e6)}/M`);
+  return [money(told.total), el("p.note", {}, `${money(told.input)} in${price(told.input_unit_price)}, ${money(told.output)} out${price(told.output_unit_price)}`)];
 }
 
 function attempts(record) {

@@ -287,12 +287,13 @@ function drawCard(button, item) {
       el("span.outcome", {}, done ? item.outcome : "running"),
       el("span.model", {}, model || "no model"),
       el("span.time", {}, done ? duration(item.duration_ms) : elapsed(item))),
-    el("span.preview", {}, item.prompt || item.error_type || (done ? "no text" : "\u2007")),
+    el("span.row", {},
+      el("span.preview", {}, item.prompt || item.error_type || (done ? "no text" : "\u2007")),
+      el("span.clock", {}, clock(item.ts_ms))),
     el("span.row.fine", {},
       el("span.track", { "aria-hidden": "true" }, STAGES.map((stage, i) => el(`i${i <= STAGES.indexOf(item.stage) ? ".past" : ""}`))),
       item.provider ? el("span.where", {}, item.provider) : null,
-      told.filter(Boolean).map((text) => el("span", {}, text)),
-      el("span.clock", {}, clock(item.ts_ms))));
+      told.filter(Boolean).map((text) => el("span", {}, text))));
 }
 
 const PLAIN = [

@@ -887,9 +887,12 @@ def sse(data: str, event: str = "") -> bytes:
     return (f"event: {event}\ndata: {data}\n\n" if event else f"data: {data}\n\n").encode("utf-8", "surrogatepass")
 
 
+_compact = json.JSONEncoder(separators=(",", ":")).encode
+
+
 def dumps(value: Any) -> str:
     """Compact JSON that any reader takes: ASCII only, so a lone surrogate stays an escape and never becomes bad UTF-8."""
-    return json.dumps(value, separators=(",", ":"))
+    return _compact(value)
 
 
 # 3. The exchange -----------------------------------------------------------------------------------------------------

@@ -68,7 +68,8 @@ def parse_request(body: Body, headers: Mapping[str, str]) -> Request:
     """A chat request in the router's words. Raises BadRequest naming the field that cannot be."""
     data = body.data
     request = _begin(body, headers)
-    for name, (attribute, types, what) in _PLAIN.items():
+    for name in [name for name in _PLAIN if name in data]:
+        attribute, types, what = _PLAIN[name]
         value = read_field(data, name, types, what)
         if value is not None:
             setattr(request, attribute, value)

@@ -113,7 +113,10 @@ class House:
         return record
 
     def post(self, path: str, body: dict[str, Any], headers: dict[str, str] | None = None, **environ: Any) -> Answer:
-        return self._app.call("POST", path, json.dumps(body).encode(), headers, **environ)
+        try:
+            return self._app.call("POST", path, json.dumps(body).encode(), headers, **environ)
+        except (SystemExit, KeyboardInterrupt) as escaped:
+            raise AssertionError("the request took the program with it") from escaped
 
     def chat(self, text: str = "hi", headers: dict[str, str] | None = None, **more: Any) -> Answer:
         return self.post(CHAT, chat_body(text, **more), headers)

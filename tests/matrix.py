@@ -168,7 +168,7 @@ def anthropic_says(says: Says, stream: bool) -> Script:
         return json_answer(message)
     started = {**message, "content": [], "stop_reason": None, "usage": {"input_tokens": USED[0], "output_tokens": 1}}
     told: list[dict[str, Any]] = [{"type": "message_start", "message": started}, {"type": "ping"}]
-    empty = {"text": {"text": ""}, "thinking": {"thinking": "", "signature": ""}, "tool_use": {"input": {}}}
+    empty: dict[str, Any] = {"text": {"text": ""}, "thinking": {"thinking": "", "signature": ""}, "tool_use": {"input": {}}}
     for index, (block, deltas) in enumerate(blocks):
         told.append({"type": "content_block_start", "index": index, "content_block": {**block, **empty[block["type"]]}})
         told += [{"type": "content_block_delta", "index": index, "delta": d} for d in deltas]
@@ -182,8 +182,9 @@ def ollama_says(says: Says, stream: bool) -> Script:
     """A chat answer as Ollama sends it: lines when streamed, and a call always in one piece."""
     about = {"model": "fake-llama", "created_at": "2026-11-01T00:00:00Z"}
     calls = [{"id": f"call_{name}", "function": {"name": name, "arguments": arguments}} for name, arguments in says.calls]
-    numbers = {"done": True, "done_reason": "stop", "prompt_eval_count": USED[0], "eval_count": USED[1],
-               "total_duration": 9000000, "load_duration": 1000000, "prompt_eval_duration": 2000000, "eval_duration": 5000000}  # fmt: skip
+    durations = {"total_duration": 9000000, "load_duration": 1000000, "prompt_eval_duration": 2000000, "eval_duration": 6000000}
+    counts = {"prompt_eval_count": USED[0], "eval_count": USED[1]}
+    numbers = {"done": True, "done_reason": "stop", **counts, **durations}
     if not stream:
         message: dict[str, Any] = {"role": "assistant", "content": says.text}
         message |= {"thinking": says.thinking} if says.thinking else {}
@@ -495,7 +496,7 @@ def matrix(folder: Path) -> Iterator[Matrix]:
     """Everything up and running, for as long as it is needed."""
     fakes = {name: FakeUpstream() for name in UPSTREAMS if name != "echo"}
     urls = {name: fake.url for name, fake in fakes.items()}
-    process = RouterProcess(folder, CONFIG, providers=PROVIDERS, rules=RULES, **urls)
+    process = RouterProcess(folder, CONFIG, None, providers=PROVIDERS, rules=RULES, **urls)
     try:
         yield Matrix(process.start(), fakes)
     finally:

@@ -30,6 +30,8 @@ KINDS: dict[str, Any] = {
 }  # fmt: skip
 HANG = object()
 """As a step of an answer: say nothing more, until the collector is closed or the client leaves."""
+CLOSE = object()
+"""As a step of an answer: end the connection in order."""
 RESET = object()
 """As a step of an answer: break the connection with RST."""
 Step = bytes | float | object
@@ -166,6 +168,8 @@ class OtlpCollector:
         for step in steps:
             if step is HANG:
                 self._closing.wait()
+                return False
+            if step is CLOSE:
                 return False
             if step is RESET:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

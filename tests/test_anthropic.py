@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import anthropic
+import openai
 import pytest
+import tiny_llama
 from anthropic.types import MessageTokensCount
 from conftest import RouterFactory
 from fake_upstream import FakeUpstream, chunks, end, fin, hold, json_answer, openai_chunks, stream, stream_head
 from router_process import INBOUND_KEY, PROVIDER_KEY, RouterProcess
+from tiny_llama import LlamaServer
 from wire_files import fold, heard, heard_in_pieces, raw
 
 from providers import (
@@ -40,7 +43,8 @@ UP = Provider("up", "anthropic", "https://api.anthropic.com")
 STAMP = Stamp("aaaabbbbccccddddeeee", 1700000000, "sent-model")
 HI: dict[str, Any] = {"model": "m", "max_tokens": 10, "messages": [{"role": "user", "content": "hi"}]}
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
-TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+AUDIO = {"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
 
 
 def told(model: str = "sent-model", provider: Provider = UP, **more: Any) -> Call:
@@ -178,7 +182,7 @@ def test_a_token_count_needs_no_limit() -> None:
     [
         ({"n": 2}, "n"),
         ({"modalities": ["text", "audio"]}, "modalities"),
-        ({"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}]}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [AUDIO]}]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "file", "file": {"file_id": "file-1"}}]}]}, "messages"),
         ({"messages": [{"role": "user", "content": ""}]}, "messages"),
     ],
@@ -197,8 +201,8 @@ def test_what_anthropic_cannot_do_and_would_change_the_meaning_is_refused(more: 
     [
         ("claude-opus-4-7", (4, 7)), ("claude-sonnet-4-20250514", (4, 0)), ("claude-haiku-4-5-20251001", (4, 5)),
         ("claude-3-7-sonnet-20250219", (3, 7)), ("claude-fable-5", (5, 0)), ("anthropic/claude-4.7-opus", (4, 7)),
-        ("us.anthropic.claude-opus-4-1-20250805-v1:0", (4, 1)), ("claude-opus-4@20250514", (4, 0)), ("claude-mythos-preview", None),
-        ("glm-4.6", None), ("fake-model", None),
+        ("us.anthropic.claude-opus-4-1-20250805-v1:0", (4, 1)), ("claude-opus-4@20250514", (4, 0)),
+        ("claude-mythos-preview", None), ("glm-4.6", None), ("fake-model", None),
     ],
 )  # fmt: skip
 def test_the_generation_of_a_model_is_in_its_name(model: str, generation: tuple[int, int] | None) -> None:
@@ -412,11 +416,18 @@ def test_the_last_report_of_tokens_keeps_what_it_does_not_repeat() -> None:
 @pytest.mark.parametrize(
     ("kind", "type_"),
     [
-        ("invalid_request", "invalid_request_error"), ("authentication", "authentication_error"), ("permission", "permission_error"),
-        ("not_found", "not_found_error"), ("too_large", "request_too_large"), ("rate_limit", "rate_limit_error"),
-        ("overloaded", "overloaded_error"), ("upstream", "api_error"), ("timeout", "timeout_error"), ("internal", "api_error"),
+        ("invalid_request", "invalid_request_error"),
+        ("authentication", "authentication_error"),
+        ("permission", "permission_error"),
+        ("not_found", "not_found_error"),
+        ("too_large", "request_too_large"),
+        ("rate_limit", "rate_limit_error"),
+        ("overloaded", "overloaded_error"),
+        ("upstream", "api_error"),
+        ("timeout", "timeout_error"),
+        ("internal", "api_error"),
     ],
-)  # fmt: skip
+)
 def test_every_kind_of_error_has_its_type(kind: str, type_: str) -> None:
     assert claude.render_error(RequestError("m", kind=kind))["error"] == {"type": type_, "message": "m", "src": "router"}
 
@@ -611,3 +622,55 @@ def test_a_provider_that_speaks_another_language_than_configured_is_a_failure(
     upstream.script(stream_head() + chunks(openai_chunks("a b c")) + end())
     with pytest.raises(anthropic.InternalServerError):
         ask(client, "claude-x", stream=True)
+
+
+# --- a real server that speaks Anthropic: llama.cpp has /v1/messages, too
+
+LLAMA = """
+[[providers]]
+name = "llama"
+format = "anthropic"
+base_url = "{llama}"
+"""
+HELLO: Any = [{"role": "user", "content": "hello you"}]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaServer]:
+    pytest.importorskip("xllamacpp", reason="llama.cpp's server comes with the test extra")
+    yield from tiny_llama.running(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def before_llama(router: RouterFactory, llama: LlamaServer) -> RouterProcess:
+    return router(providers=LLAMA, llama=llama.url)
+
+
+@pytest.mark.xdist_group("llama")
+def test_an_openai_client_hears_a_real_anthropic_server(before_llama: RouterProcess) -> None:
+    with openai.OpenAI(base_url=f"{before_llama.url}/v1", api_key="x", max_retries=0, timeout=20) as client:
+        asked: dict[str, Any] = {"model": "tiny", "messages": HELLO, "max_tokens": 12, "temperature": 0, "seed": 1}
+        whole: Any = client.chat.completions.create(**asked)
+        streamed: list[Any] = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in streamed if chunk.choices)
+    assert whole.choices[0].message.content == text != ""
+    assert whole.choices[0].finish_reason == streamed[-2].choices[0].finish_reason == "length"
+    assert whole.usage.completion_tokens == streamed[-1].usage.completion_tokens == 12
+    records = before_llama.settled(2)
+    assert [r["attempts"][0]["kind"] for r in records] == ["anthropic_messages", "anthropic_stream"]
+    assert [r["dropped"] for r in records] == [["seed"], ["seed"]]
+    assert all(r["usage_source"] == "reported" and r["response"]["usage"]["output_tokens"] == 12 for r in records)
+
+
+@pytest.mark.xdist_group("llama")
+def test_the_anthropic_package_hears_a_real_anthropic_server(before_llama: RouterProcess, llama: LlamaServer) -> None:
+    said = []
+    for url in (before_llama.url, llama.url):
+        with anthropic.Anthropic(base_url=url, api_key="x", max_retries=0, timeout=20) as client:
+            told: Any = {"model": "tiny", "messages": HELLO, "max_tokens": 12, "extra_body": {"temperature": 0}}
+            with client.messages.stream(**told) as events:
+                message = events.get_final_message()
+            counted = client.messages.count_tokens(model="tiny", messages=HELLO).input_tokens
+        said.append((message.content[0].to_dict(), message.stop_reason, message.usage.output_tokens, counted))
+    assert said[0] == said[1]
+    assert said[0][1:3] == ("max_tokens", 12)

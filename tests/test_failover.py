@@ -334,9 +334,7 @@ def test_a_refusal_of_the_first_model_is_final_for_the_others_too(house: MakeHou
     assert fakes.counts() == {"a": 1}
 
 
-def test_another_model_of_the_only_provider_comes_before_the_same_one_again(
-    house: MakeHouse, fakes: Fakes, clock: Clock
-) -> None:
+def test_another_model_of_the_only_provider_comes_before_the_same_one_again(house: MakeHouse, fakes: Fakes, clock: Clock) -> None:
     fakes["a"].default = lambda received: error_answer(503) if received.json()["model"] == "big" else OK
     here = house(provider("a", fakes["a"]))
     answered = here.chat(model="big", models=["small"])
@@ -718,9 +716,7 @@ def test_a_dead_provider_does_not_double_the_load(burst: tuple[House, Clock, lis
     assert 502 in statuses[-10:], "then the clients hear of them"
 
 
-def test_while_another_one_is_left_the_same_one_is_not_asked_again(
-    burst: tuple[House, Clock, list[int]], fakes: Fakes
-) -> None:
+def test_while_another_one_is_left_the_same_one_is_not_asked_again(burst: tuple[House, Clock, list[int]], fakes: Fakes) -> None:
     """Whoever cannot have a second attempt any more is told at once, instead of asking the dead one after a pause."""
     here, clock, _ = burst
     assert fakes.counts()["a"] == BURST

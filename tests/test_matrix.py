@@ -40,7 +40,7 @@ def test_no_cell_of_the_table_is_empty_without_its_reason() -> None:
 
 
 def test_a_cell_that_fails_is_shown_as_failing() -> None:
-    results = {cell: "ok" for cell in CELLS} | {Cell("openai", "ollama", "image", True): "FAILS"}
+    results = dict.fromkeys(CELLS, "ok") | {Cell("openai", "ollama", "image", True): "FAILS"}
     assert table(results).count("ok/FAILS") == 1
 
 

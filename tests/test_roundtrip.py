@@ -185,7 +185,7 @@ def turns(draw: st.DrawFn) -> list[dict[str, Any]]:
         if ids:
             calls = [{"name": draw(NAMES), "arguments": json.dumps(draw(OBJECTS))} for _ in ids]
             answer["tool_calls"] = [{"id": i, "type": "function", "function": c} for i, c in zip(ids, calls, strict=True)]
-        results = [{"role": "tool", "tool_call_id": i, "content": draw(WORDS)} for i in ids]
+        results: list[Any] = [{"role": "tool", "tool_call_id": i, "content": draw(WORDS)} for i in ids]
         said += [answer, *results, *([draw(USER)] if not ids or draw(st.booleans()) else [])]
     return said
 
@@ -283,11 +283,10 @@ PIECES = st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=6),
 
 @st.composite
 def streams(draw: st.DrawFn) -> list[Event]:
-    """What a provider may say: some thinking, some text, calls in pieces that come one after the other or mixed."""
+    """What a provider may say: thinking, text and calls in pieces, that come one after the other or all mixed."""
     told: list[Event] = [providers.Begin("id-1", "some-model")]
-    told += [providers.Reasoning(t) for t in draw(PIECES)]
-    told += [providers.Text(t) for t in draw(PIECES)]
-    calls = [
+    lanes: list[list[Event]] = [[providers.Reasoning(t) for t in draw(PIECES)], [providers.Text(t) for t in draw(PIECES)]]
+    lanes += [
         [
             providers.ToolCall(i, f"call_{i}", draw(NAMES)),
             *(providers.ToolCall(i, arguments=p) for p in _cut_up(json.dumps(draw(OBJECTS)))),
@@ -295,8 +294,8 @@ def streams(draw: st.DrawFn) -> list[Event]:
         for i in range(draw(st.integers(0, 3)))
     ]
     mixed = draw(st.booleans())
-    while any(calls):
-        waiting = [c for c in calls if c]
+    while any(lanes):
+        waiting = [lane for lane in lanes if lane]
         told.append((draw(st.sampled_from(waiting)) if mixed else waiting[0]).pop(0))
     reason = "tool_calls" if any(isinstance(e, providers.ToolCall) for e in told) else "stop"
     told.append(providers.Finish(draw(st.sampled_from([reason, "length", "content_filter"]))))

@@ -90,7 +90,7 @@ steady_rules = st.one_of(
 def houses(rules: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[House4]:
     return st.builds(
         House4,
-        providers=st.fixed_dictionaries({name: providers for name in NAMES}),
+        providers=st.fixed_dictionaries(dict.fromkeys(NAMES, providers)),
         left_out=st.sets(one_name, max_size=2),
         resting=st.sets(one_name, max_size=2),
         rules=st.lists(rules, min_size=1, max_size=4),
@@ -385,4 +385,3 @@ def test_the_other_providers_are_reached_by_what_may_move_on(playground: Playgro
             playground.house(2).post(CHAT, chat_body(stream=streamed))
             stays = works(kind, streamed) or kind in FINAL_STATUS or kind == "redirect"
             assert [name for name, _ in sent.log] == (["a"] if stays else ["a", "b"]), kind
-

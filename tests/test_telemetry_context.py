@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from router_process import ROOT
+
 from telemetry import Trace, begin
 
 CALLER = "00-12345678901234567890123456789012-1234567890123456-01"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import telemetry
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
@@ -12,8 +11,10 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import ScopeSpans
 from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
-from telemetry import Span, Trace, begin, encode, spans
 from telemetry_records import a_record, a_stream, an_attempt
+
+import telemetry
+from telemetry import Span, Trace, begin, encode, spans
 
 KINDS = {"server": SpanKind.SERVER, "client": SpanKind.CLIENT, "internal": SpanKind.INTERNAL}
 CALLER = "00-12345678901234567890123456789012-1234567890123456-01"
@@ -27,10 +28,11 @@ def readable(trace: Trace, span: Span) -> ReadableSpan:
         return SpanContext(int(trace.trace_id, 16), int(span_id, 16), remote, TraceFlags(trace.flags), state)
 
     parent = span["parent_span_id"]
+    status = Status(StatusCode.ERROR, span["status_message"]) if span["status"] else Status(StatusCode.UNSET)
     return ReadableSpan(
         span["name"], context(span["span_id"]), kind=KINDS[span["kind"]], attributes=span["attributes"],
         parent=context(parent, parent == trace.parent_span_id) if parent else None, start_time=span["start_ns"],
-        end_time=span["end_ns"], status=Status(StatusCode.ERROR, span["status_message"]) if span["status"] else Status(StatusCode.UNSET),
+        end_time=span["end_ns"], status=status,
         events=[Event(e["name"], e["attributes"], e["time_ns"]) for e in span["events"]],
     )  # fmt: skip
 
@@ -68,7 +70,8 @@ one_span = st.fixed_dictionaries({
     "end_ns": st.integers(0, 2**63), "attributes": st.dictionaries(st.text(max_size=150), values, max_size=8),
     "status": st.none(), "status_message": st.none(),
     "events": st.lists(st.fixed_dictionaries({
-        "name": st.text(max_size=5), "time_ns": st.integers(0, 2**63), "attributes": st.dictionaries(st.text(max_size=5), st.text()),
+        "name": st.text(max_size=5), "time_ns": st.integers(0, 2**63),
+        "attributes": st.dictionaries(st.text(max_size=5), st.text()),
     }), max_size=2),
 })  # fmt: skip
 

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import telemetry
-from otlp_collector import HANG, OK, RESET, OtlpCollector, Step, partial, reply, until
+from otlp_collector import CLOSE, HANG, OK, RESET, OtlpCollector, Step, partial, reply, until
 from router_process import free_port
-from telemetry import Settings, Telemetry
 from telemetry_records import a_record, a_stream
+
+import telemetry
+from telemetry import Settings, Telemetry
 
 Start = Callable[..., Telemetry]
 PATHS = {"spans": "/v1/traces", "metrics": "/v1/metrics", "logs": "/v1/logs"}
@@ -124,8 +125,9 @@ def test_lone_http_requests_and_calls_are_spans_of_their_own(start: Start, colle
         server_port=80,
         status=200,
     )
-    to.call(kind="model_capabilities", provider="up", start_ns=time.time_ns(), duration_ms=3.0, trace=trace, span_id=trace.child_id(),
-            error="cannot connect", error_type="connection_refused")  # fmt: skip
+    failed = {"error": "cannot connect", "error_type": "connection_refused"}
+    ids: dict[str, Any] = {"trace": trace, "span_id": trace.child_id()}
+    to.call(kind="model_capabilities", provider="up", start_ns=time.time_ns(), duration_ms=3.0, **ids, **failed)
     models, brew, listed, child = until(lambda: len(collector.spans()) == 4 and collector.spans())
     assert (models["name"], models["kind"], models["parent_span_id"]) == ("request", "server", "1234567890123456")
     assert models["attributes"]["http.route"] == "/v1/models"
@@ -223,7 +225,7 @@ def test_an_answer_that_is_no_success_is_counted_and_not_repeated(
     "answer",
     [reply(200), reply(202), [b"HTTP/1.1 204 No Content\r\n\r\n"], reply(200, b"\n\x00"), reply(200, b"{}", "application/json"),
      reply(200, b'{"partialSuccess":null}', "application/json"), reply(200, b"", "text/html"),
-     [b"HTTP/1.1 100 Continue\r\n\r\n", OK], [b"HTTP/1.0 200 OK\r\nConnection: close\r\n\r\n", RESET],
+     [b"HTTP/1.1 100 Continue\r\n\r\n", OK], [b"HTTP/1.0 200 OK\r\nConnection: close\r\n\r\n", CLOSE],
      [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nContent-Type: application/x-protobuf\r\n\r\n", b"0\r\n\r\n"]],
 )  # fmt: skip
 def test_every_kind_of_empty_answer_is_a_success(answer: bytes | list[Step], start: Start, collector: OtlpCollector) -> None:
@@ -455,9 +457,9 @@ def test_the_end_comes_in_time_if_no_connection_can_be_made(start: Start) -> Non
         for one in waiting:
             one.setblocking(False)
             one.connect_ex(full.getsockname())
-        to = start("http://127.0.0.1:{}".format(full.getsockname()[1]))
+        to = start(f"http://127.0.0.1:{full.getsockname()[1]}")
         finish(to)
-        time.sleep(0.1)
+        until(lambda: to._spans._in_hand)
         began = time.monotonic()
         to.flush_and_stop(0.3)
         assert time.monotonic() - began < 1.2
@@ -505,12 +507,14 @@ def test_nothing_but_the_settings_steers_the_export(
     (tmp_path / ".netrc").write_text("machine 127.0.0.1 login somebody password wrong\n")
     elsewhere = f"http://127.0.0.1:{free_port()}"
     environment = {
-        "HOME": str(tmp_path), "NETRC": str(tmp_path / ".netrc"), "HTTP_PROXY": elsewhere, "http_proxy": elsewhere, "ALL_PROXY": elsewhere,
+        "HOME": str(tmp_path), "NETRC": str(tmp_path / ".netrc"),
+        "HTTP_PROXY": elsewhere, "http_proxy": elsewhere, "ALL_PROXY": elsewhere,
         "OTEL_EXPORTER_OTLP_HEADERS": "authorization=Basic%20wrong,x-stray=1", "OTEL_EXPORTER_OTLP_TRACES_HEADERS": "x-stray=2",
         "OTEL_EXPORTER_OTLP_ENDPOINT": elsewhere, "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": elsewhere,
         "OTEL_EXPORTER_OTLP_COMPRESSION": "gzip", "OTEL_EXPORTER_OTLP_TIMEOUT": "0.001",
         "OTEL_EXPORTER_OTLP_CERTIFICATE": str(tmp_path / "none"), "OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE": str(tmp_path / "none"),
-        "OTEL_RESOURCE_ATTRIBUTES": "service.name=stray,stray=1", "OTEL_TRACES_SAMPLER": "always_off", "OTEL_SERVICE_NAME": "stray",
+        "OTEL_RESOURCE_ATTRIBUTES": "service.name=stray,stray=1", "OTEL_SERVICE_NAME": "stray",
+        "OTEL_TRACES_SAMPLER": "always_off",
         "OTEL_METRICS_EXEMPLAR_FILTER": "always_on", "OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT": "1",
         "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE": "delta",
         "OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION": "base2_exponential_bucket_histogram",
@@ -600,8 +604,9 @@ def test_the_probe_sends_one_of_each_and_tells_what_came_back(start: Start, coll
 
 @pytest.mark.parametrize(
     ("answer", "words"),
-    [(reply(404), "/v1/traces"), (reply(401), "telemetry.headers"), (reply(302), "https"), (reply(415), "gRPC"), ([HANG], "firewall"),
-     (reply(200, b"<html>", "text/html"), "4318"), (reply(503), "busy"), (partial("/v1/traces", 1, "no"), "own log"),
+    [(reply(404), "/v1/traces"), (reply(401), "telemetry.headers"), (reply(302), "https"), (reply(415), "gRPC"),
+     ([HANG], "firewall"), (reply(200, b"<html>", "text/html"), "4318"), (reply(503), "busy"),
+     (partial("/v1/traces", 1, "no"), "own log"),
      ([b"SSH-2.0\r\n"], "no collector"), (reply(200, b"ok", "text/plain"), "no collector")],
 )  # fmt: skip
 def test_the_probe_names_cause_and_cure(answer: bytes | list[Step], words: str, start: Start, collector: OtlpCollector) -> None:

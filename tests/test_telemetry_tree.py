@@ -7,11 +7,12 @@ import json
 from typing import Any
 
 import pytest
-import telemetry
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from telemetry import Trace, begin, span_count, spans
 from telemetry_records import START, a_record, a_response, a_stream, an_attempt
+
+import telemetry
+from telemetry import Trace, begin, span_count, spans
 
 CALLER = "00-12345678901234567890123456789012-1234567890123456-01"
 
@@ -204,11 +205,13 @@ def test_http_tells_of_the_exchange() -> None:
 
 
 def test_send_speaks_the_genai_conventions() -> None:
-    asked = {"temperature": 0.5, "max_completion_tokens": 100, "top_p": 1, "n": 2, "stop": "END", "seed": 7, "reasoning_effort": "low",
-             "frequency_penalty": 0.1, "presence_penalty": -0.1, "response_format": {"type": "json_schema"}}  # fmt: skip
+    asked = {"temperature": 0.5, "max_completion_tokens": 100, "top_p": 1, "n": 2, "stop": "END", "seed": 7,
+             "reasoning_effort": "low", "frequency_penalty": 0.1, "presence_penalty": -0.1,
+             "response_format": {"type": "json_schema"}}  # fmt: skip
     assert named(spans(a_record(request=asked, session_id="s-1")), "provider.send")["attributes"] == {
-        "provider": "up", "model": "llama3", "router.attempt": 1, "gen_ai.operation.name": "chat", "gen_ai.provider.name": "openai",
-        "gen_ai.system": "openai", "gen_ai.request.model": "llama3", "gen_ai.conversation.id": "s-1",
+        "provider": "up", "model": "llama3", "router.attempt": 1, "gen_ai.operation.name": "chat",
+        "gen_ai.provider.name": "openai", "gen_ai.system": "openai", "gen_ai.request.model": "llama3",
+        "gen_ai.conversation.id": "s-1",
         "server.address": "127.0.0.1", "server.port": 9100, "gen_ai.request.temperature": 0.5, "gen_ai.request.max_tokens": 100,
         "gen_ai.request.top_p": 1.0, "gen_ai.request.choice.count": 2, "gen_ai.request.stop_sequences": ["END"],
         "gen_ai.request.seed": 7, "gen_ai.request.reasoning.level": "low", "gen_ai.request.frequency_penalty": 0.1,
@@ -275,10 +278,12 @@ def test_keys_are_taken_out_of_every_attribute_event_and_status() -> None:
     leak = "dest-TOKEN-of-the-tree-test"
     attempt = an_attempt(model=leak, error=f"said {leak}", error_type=leak, status=500, provider=leak)
     record = a_record(
-        outcome="error", status=502, error=f"https://host/?key={leak}", error_type="upstream_500", requested_model=f"x {leak}", user=leak,
-        session_id=leak, tags=[leak], attempts=[attempt], rule=leak, system=leak, dropped=[leak],
+        outcome="error", status=502, error=f"https://host/?key={leak}", error_type="upstream_500",
+        requested_model=f"x {leak}", user=leak, session_id=leak, tags=[leak], attempts=[attempt],
+        rule=leak, system=leak, dropped=[leak],
         messages=[{"role": "user", "content": [{"type": "tool_use", "id": leak, "name": leak, "input": {leak: [leak]}}]}],
-        response=a_response(id=leak, model=leak, content=leak, finish_reason=leak), request={"stop": [leak], "reasoning_effort": leak},
+        response=a_response(id=leak, model=leak, content=leak, finish_reason=leak),
+        request={"stop": [leak], "reasoning_effort": leak},
     )  # fmt: skip
     assert "dest-TOKEN" not in repr(spans(record, content=True))
 
@@ -333,7 +338,8 @@ def captured(**changes: Any) -> dict[str, Any]:
 
 def test_a_conversation_is_captured_in_the_shape_of_the_conventions() -> None:
     messages = [
-        {"role": "user", "content": [{"type": "text", "text": "what is it?"}, {"type": "image", "media_type": "image/png", "data": "AAAA"},
+        {"role": "user", "content": [{"type": "text", "text": "what is it?"},
+                                     {"type": "image", "media_type": "image/png", "data": "AAAA"},
                                      {"type": "image", "url": "https://host/a.png"}]},
         {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm"},
                                           {"type": "tool_use", "id": "c1", "name": "look", "input": {"at": 1}}]},
@@ -399,11 +405,14 @@ attempts = st.builds(
 )  # fmt: skip
 records = st.builds(
     a_record,
-    outcome=st.sampled_from(["ok", "error", "cancelled", "timeout", "rejected"]), status=st.sampled_from([200, 400, 429, 499, 502]),
+    outcome=st.sampled_from(["ok", "error", "cancelled", "timeout", "rejected"]),
+    status=st.sampled_from([200, 400, 429, 499, 502]),
     stream=st.booleans(), error_type=st.sampled_from([None, "client_disconnected", "upstream_500"]), error=texts, user=texts,
     opened_ms=st.none() | st.floats(0, 1e6), ttft_ms=st.none() | st.floats(0, 1e6), duration_ms=st.floats(0, 1e6),
-    attempts=st.lists(attempts, max_size=4), response=st.none() | st.builds(a_response, id=texts, model=texts, finish_reason=texts),
-    usage_source=st.sampled_from(["reported", "none"]), _trace=st.none() | st.builds(Trace, st.just("ab" * 16), sampled=st.just(True)),
+    attempts=st.lists(attempts, max_size=4),
+    response=st.none() | st.builds(a_response, id=texts, model=texts, finish_reason=texts),
+    usage_source=st.sampled_from(["reported", "none"]),
+    _trace=st.none() | st.builds(Trace, st.just("ab" * 16), sampled=st.just(True)),
 )  # fmt: skip
 
 
