@@ -622,7 +622,8 @@ def _rebuild(request: Request, model: str, dropped: list[str]) -> dict[str, Any]
     own = request.format == "anthropic"
     _refuse(request)
     thinking = (request.reasoning or 0) if request.tool_choice in (None, "auto", "none") else 0
-    body: dict[str, Any] = {"model": model, "max_tokens": request.max_tokens or min(ROOM + thinking, MOST)}
+    limit = min(ROOM + thinking, MOST) if request.max_tokens is None else request.max_tokens
+    body: dict[str, Any] = {"model": model, "max_tokens": limit}
     body |= _own(request) if own else {}
     system = [*request.system, *(b for m in request.messages if m.role == "system" and not own for b in m.content)]
     body["messages"] = _messages(request, dropped)

@@ -227,6 +227,13 @@ def test_models_that_decide_for_themselves_are_told_the_effort(effort: str, leve
     assert call.dropped == ["temperature", "top_p"]
 
 
+def test_a_limit_of_nothing_is_a_limit() -> None:
+    """With 0 Anthropic fills its cache and says nothing."""
+    request = heard("anthropic", {**HI, "max_tokens": 0})
+    request.changed = True
+    assert body_of(claude.build(request, "m", UP))["max_tokens"] == 0
+
+
 def test_no_thinking_is_said_as_well() -> None:
     assert body_of(told(reasoning_effort="none"))["thinking"] == {"type": "disabled"}
     assert "thinking" not in body_of(told())

@@ -19,8 +19,10 @@ from broadcast_runs import collector as to_collector
 from broadcast_runs import counts, running, settled
 from fake_collector import until
 
-import broadcast as room
-from broadcast import Broadcast, Destination
+from broadcast import Broadcast, Destination, Settings, delivery, encode, replay
+from broadcast.destinations import target
+from broadcast.encoder import to_bytes
+from broadcast.exchange import exchange
 
 ODD: list[dict[str, Any]] = [
     {},
@@ -64,7 +66,7 @@ def test_the_collector_takes_every_oddity_and_gives_back_every_attribute_with_it
         assert settled(made, "c", len(records))["delivered"] == len(records)
     back = {span["span_id"]: span for span in the_collector.spans()}
     for one in records:
-        for span in [s for e in room.encode(one, privacy=False)["resourceSpans"] for s in e["scopeSpans"][0]["spans"]]:
+        for span in [s for e in encode(one, privacy=False)["resourceSpans"] for s in e["scopeSpans"][0]["spans"]]:
             received = back[span["spanId"]]
             assert received["trace_id"] == span["traceId"]
             assert received["parent_span_id"] == span.get("parentSpanId")
@@ -77,9 +79,9 @@ def test_the_collector_takes_every_oddity_and_gives_back_every_attribute_with_it
 
 
 def test_one_bad_id_would_have_cost_a_whole_batch(the_collector: Collector) -> None:
-    document = room.encode(now(), privacy=True)
+    document = encode(now(), privacy=True)
     document["resourceSpans"][0]["scopeSpans"][0]["spans"][0]["traceId"] = "app_trace_001"
-    answer = room.exchange(room.target(to_collector("c", the_collector.endpoint + "/v1/traces")), room.to_bytes(document), 5, ())
+    answer = exchange(target(to_collector("c", the_collector.endpoint + "/v1/traces")), to_bytes(document), 5, ())
     assert (answer.cause, answer.status) == ("http", 400)
 
 
@@ -135,8 +137,8 @@ def test_grafanas_form_works_against_a_gateway_like_grafanas(tmp_path: Path, pas
 def test_a_collector_that_stops_and_returns_gets_everything_once_or_again_under_the_same_ids(
     tmp_path: Path, the_collector: Collector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "BACKOFF_FIRST", 0.05)
-    monkeypatch.setattr(room, "BACKOFF_MOST", 0.2)
+    monkeypatch.setattr(delivery, "BACKOFF_FIRST", 0.05)
+    monkeypatch.setattr(delivery, "BACKOFF_MOST", 0.2)
     with running(tmp_path, to_collector("c", the_collector.endpoint + "/v1/traces"), timeout=1.0) as made:
         ids = []
         for phase in ("up", "stopped", "hanging", "up again"):
@@ -179,7 +181,7 @@ def asked(the_jaeger: Jaeger, tmp_path_factory: pytest.TempPathFactory) -> dict[
         for one in wanted.values():
             made.sink(one)
         assert settled(made, "j", len(wanted))["delivered"] == len(wanted)
-    ids = {name: generation(room.encode(one, privacy=True))["traceId"] for name, one in wanted.items()}
+    ids = {name: generation(encode(one, privacy=True))["traceId"] for name, one in wanted.items()}
     until(lambda: set(ids.values()) <= set(the_jaeger.find("openrouter")))
     return ids
 
@@ -241,12 +243,12 @@ def test_the_names_of_the_trace_object_are_the_tree_that_jaeger_shows(the_jaeger
 
 def test_several_requests_join_an_existing_trace_under_its_span(the_jaeger: Jaeger, tmp_path: Path) -> None:
     trace_id, parent = hashlib.sha256(str(tmp_path).encode()).hexdigest()[:32], "00f067aa0ba902b7"
-    mine = room.encode(now(trace={"trace_id": trace_id}), privacy=True)
+    mine = encode(now(trace={"trace_id": trace_id}), privacy=True)
     mine["resourceSpans"] = mine["resourceSpans"][:1]
     span = mine["resourceSpans"][0]["scopeSpans"][0]["spans"][0]
     span |= {"spanId": parent, "name": "the application's own span"}
     there = Destination("j", "jaeger", base_url=the_jaeger.endpoint)
-    assert room.exchange(room.target(there), room.to_bytes(mine), 5, ()).cause == "ok"
+    assert exchange(target(there), to_bytes(mine), 5, ()).cause == "ok"
     with running(tmp_path, there) as made:
         for _ in range(2):
             made.sink(now(trace={"trace_id": trace_id.upper(), "parent_span_id": parent}))
@@ -258,8 +260,8 @@ def test_several_requests_join_an_existing_trace_under_its_span(the_jaeger: Jaeg
 def test_a_thousand_requests_reach_a_healthy_a_returning_and_not_a_hanging_destination(
     tmp_path: Path, the_collector: Collector, the_jaeger: Jaeger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "BACKOFF_FIRST", 0.05)
-    monkeypatch.setattr(room, "BACKOFF_MOST", 0.2)
+    monkeypatch.setattr(delivery, "BACKOFF_FIRST", 0.05)
+    monkeypatch.setattr(delivery, "BACKOFF_MOST", 0.2)
     need(collector)
     with collector(tmp_path) as hanging:
         hanging.pause()
@@ -289,14 +291,14 @@ def test_replay_of_a_file_brings_it_to_a_real_backend(tmp_path: Path, the_collec
         for _ in range(20):
             made.sink(now())
         settled(made, "f", 20)
-        told = room.replay(str(path), made.settings, "c")
+        told = replay(str(path), made.settings, "c")
     assert told["delivered"] == told["lines"]
     assert len([span for span in the_collector.spans() if span["name"] == "LLM Generation"]) == 20
 
 
 def test_doctor_finds_the_real_ones_well(tmp_path: Path, the_collector: Collector) -> None:
     made = Broadcast(
-        room.Settings(database=str(tmp_path / "x.db"), destinations=(to_collector("c", the_collector.endpoint + "/v1/traces"),)),
+        Settings(database=str(tmp_path / "x.db"), destinations=(to_collector("c", the_collector.endpoint + "/v1/traces"),)),
         start=False,
     )
     assert json.dumps(made.doctor()) == '[{"place": "broadcast destination c", "ok": true, "message": "Accepted", "cure": ""}]'

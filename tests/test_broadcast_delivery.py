@@ -24,17 +24,20 @@ from broadcast_records import GENERATION_ID, RECORD, failed, record
 from broadcast_runs import check_ledger, collector, configured, counts, running, settled
 from fake_collector import OK, FakeCollector, Reply, read_request, until
 
-import broadcast as room
-from broadcast import Broadcast, Destination, Settings, replay
+from broadcast import Broadcast, Destination, Settings, delivery, encode, replay
+from broadcast.delivery import Searcher
+from broadcast.destinations import skip_reason
+from broadcast.encoder import to_bytes
+from broadcast.exchange import retry_after
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "BACKOFF_FIRST", 0.02)
-    monkeypatch.setattr(room, "BACKOFF_MOST", 0.1)
-    monkeypatch.setattr(room, "_warned", {})
+    monkeypatch.setattr(delivery, "BACKOFF_FIRST", 0.02)
+    monkeypatch.setattr(delivery, "BACKOFF_MOST", 0.1)
+    monkeypatch.setattr(delivery, "_warned", {})
 
 
 @pytest.fixture
@@ -67,7 +70,7 @@ def test_a_record_arrives_as_gzipped_otlp_json_with_the_destinations_headers(tmp
     assert got.headers["content-type"] == "application/json"
     assert got.headers["content-encoding"] == "gzip"
     assert got.headers["authorization"] == "Bearer dest-TOKEN"
-    assert got.document == room.encode(RECORD, privacy=False)
+    assert got.document == encode(RECORD, privacy=False)
 
 
 def test_other_events_are_nobodys_business(tmp_path: Path, receiver: FakeCollector) -> None:
@@ -154,8 +157,8 @@ def test_privacy_and_open_destinations_get_the_same_record_each_in_its_own_form(
         made.sink(RECORD)
         settled(made, "open", 1)
         settled(made, "private", 1)
-        assert receiver.received[0].document == room.encode(RECORD, privacy=False)
-        assert private.received[0].document == room.encode(RECORD, privacy=True)
+        assert receiver.received[0].document == encode(RECORD, privacy=False)
+        assert private.received[0].document == encode(RECORD, privacy=True)
 
 
 # -- which records
@@ -215,19 +218,19 @@ RULES: list[tuple[dict[str, Any], bool]] = [
 
 
 @pytest.fixture(scope="module")
-def search() -> Iterator[room.Searcher]:
-    made = room.Searcher()
+def search() -> Iterator[Searcher]:
+    made = Searcher()
     yield made
     made.close()
 
 
 @pytest.mark.parametrize(("rule", "passes"), RULES, ids=[f"{r['field']}-{r['operator']}" for r, _ in RULES])
-def test_a_filter_rule_passes_or_not(rule: dict[str, Any], passes: bool, search: room.Searcher) -> None:
+def test_a_filter_rule_passes_or_not(rule: dict[str, Any], passes: bool, search: Searcher) -> None:
     d = collector("a", "http://h/v1/traces", filter_rules={"groups": [{"rules": [rule]}]})
-    assert (room.skip_reason(d, RECORD, search) is None) == passes
+    assert (skip_reason(d, RECORD, search) is None) == passes
 
 
-def test_groups_are_alternatives_and_logic_joins_the_rules_of_one(search: room.Searcher) -> None:
+def test_groups_are_alternatives_and_logic_joins_the_rules_of_one(search: Searcher) -> None:
     yes = {"field": "model", "operator": "contains", "value": "haiku"}
     no = {"field": "model", "operator": "contains", "value": "gpt"}
     for groups, passes in (
@@ -238,9 +241,9 @@ def test_groups_are_alternatives_and_logic_joins_the_rules_of_one(search: room.S
         ([], True),
     ):
         d = collector("a", "http://h/v1/traces", filter_rules={"groups": groups})
-        assert (room.skip_reason(d, RECORD, search) is None) == passes
+        assert (skip_reason(d, RECORD, search) is None) == passes
     resting = collector("a", "http://h/v1/traces", filter_rules={"enabled": False, "groups": [{"rules": [no]}]})
-    assert room.skip_reason(resting, RECORD, search) is None
+    assert skip_reason(resting, RECORD, search) is None
 
 
 def test_a_regular_expression_that_explodes_holds_up_nothing(tmp_path: Path, receiver: FakeCollector) -> None:
@@ -420,12 +423,12 @@ def test_retry_after_in_seconds_is_waited_for(tmp_path: Path) -> None:
     ],
 )
 def test_retry_after_is_seconds_or_nothing(value: str | None, least: float, most: float) -> None:
-    assert least <= room.retry_after(value) <= most
+    assert least <= retry_after(value) <= most
 
 
 def test_retry_after_may_be_a_date() -> None:
-    assert 90 < room.retry_after(email.utils.formatdate(time.time() + 100, usegmt=True)) <= 101
-    assert room.retry_after(email.utils.formatdate(time.time() - 100, usegmt=True)) == 0
+    assert 90 < retry_after(email.utils.formatdate(time.time() + 100, usegmt=True)) <= 101
+    assert retry_after(email.utils.formatdate(time.time() - 100, usegmt=True)) == 0
 
 
 def test_after_max_elapsed_the_batch_is_dropped_and_counted(tmp_path: Path) -> None:
@@ -447,7 +450,7 @@ def test_a_retry_after_beyond_max_elapsed_is_not_broken(tmp_path: Path) -> None:
 
 
 def test_waits_grow_and_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "BACKOFF_MOST", 10.0)
+    monkeypatch.setattr(delivery, "BACKOFF_MOST", 10.0)
     with FakeCollector(*[Reply(503)] * 5, OK) as receiver, running(tmp_path, collector("a", receiver.url)) as made:
         sent(made, 1)
         settled(made, "a", 1)
@@ -581,8 +584,8 @@ def test_a_record_that_cannot_be_encoded_is_counted_and_its_neighbours_arrive(
             raise KeyError("SECRET-PROMPT")
         return genuine(given, **more)
 
-    genuine = room.encode
-    monkeypatch.setattr(room, "encode", picky)
+    genuine = encode
+    monkeypatch.setattr(delivery, "encode", picky)
     with running(tmp_path, collector("a", receiver.url)) as made:
         before, _, after = sent(made, 1), sent(made, 1, user="poison"), sent(made, 1)
         assert settled(made, "a", 3)["dropped"] == {"encode_error": 1}
@@ -619,12 +622,13 @@ def test_the_sink_never_waits_even_while_the_database_is_locked(tmp_path: Path, 
 def test_what_no_longer_fits_into_memory_while_the_disk_is_stuck_is_counted(
     tmp_path: Path, receiver: FakeCollector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "INBOX_ITEMS", 20)
+    monkeypatch.setattr(delivery, "INBOX_ITEMS", 20)
     with running(tmp_path, collector("a", receiver.url)) as made:
         other = sqlite3.connect(made.settings.database, isolation_level=None)
         other.execute("BEGIN EXCLUSIVE")
         sent(made, 1)
-        writer = made._writer
+        assert made._delivery
+        writer = made._delivery._writer
         assert writer
         until(lambda: not writer._inbox)  # the writer holds the first one and waits for the disk
         sent(made, 50)
@@ -739,7 +743,7 @@ import broadcast
 from broadcast_records import record
 from broadcast_runs import collector, configured
 from pathlib import Path
-broadcast.BACKOFF_FIRST = 0.05
+broadcast.delivery.BACKOFF_FIRST = 0.05
 made = broadcast.Broadcast(configured(Path(sys.argv[3]), collector("a", sys.argv[4]), collector("b", sys.argv[5])))
 os.write(1, b"ready\\n")
 while True:
@@ -829,7 +833,7 @@ def test_a_torn_last_line_is_ended_before_the_next(tmp_path: Path) -> None:
         settled(made, "f", 1)
     lines = path.read_bytes().splitlines()
     assert len(lines) == 2
-    assert json.loads(lines[1]) == room.encode(RECORD, privacy=False)
+    assert json.loads(lines[1]) == encode(RECORD, privacy=False)
 
 
 def test_a_file_that_cannot_be_written_is_tried_again(tmp_path: Path) -> None:
@@ -868,7 +872,7 @@ def test_replay_sends_every_line_in_order_and_counts(tmp_path: Path, receiver: F
 
 def test_replay_reports_what_the_destination_refused(tmp_path: Path) -> None:
     path = tmp_path / "traces.jsonl"
-    path.write_bytes(room.to_bytes(room.encode(RECORD, privacy=False)) + b"\n")
+    path.write_bytes(to_bytes(encode(RECORD, privacy=False)) + b"\n")
     with FakeCollector(Reply(401)) as receiver:
         told = replay(str(path), configured(tmp_path, collector("a", receiver.url)), "a")
     assert told == {"lines": 1, "delivered": 0, "dropped": {"http_401": 1}, "last_error": "HTTP 401"}
@@ -877,7 +881,7 @@ def test_replay_reports_what_the_destination_refused(tmp_path: Path) -> None:
 def test_replay_into_a_private_destination_takes_private_lines_only(tmp_path: Path, receiver: FakeCollector) -> None:
     path = tmp_path / "traces.jsonl"
     kinds = [(RECORD, False), (RECORD, True), (failed(), True), (failed(messages=[]), False)]
-    path.write_bytes(b"\n".join(room.to_bytes(room.encode(one, privacy=private)) for one, private in kinds))
+    path.write_bytes(b"\n".join(to_bytes(encode(one, privacy=private)) for one, private in kinds))
     private = collector("a", receiver.url, privacy_mode=True)
     told = replay(str(path), configured(tmp_path, private), "a")
     assert told["dropped"] == {"content": 2}

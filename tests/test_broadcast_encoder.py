@@ -13,7 +13,7 @@ from broadcast_records import ATTEMPT, GENERATION_ID, RECORD, attributes, failed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from broadcast import encode, to_bytes
+from broadcast.encoder import encode, to_bytes
 
 WIRE = Path(__file__).parent / "wire" / "broadcast"
 RESPONSE: dict[str, Any] = RECORD["response"]

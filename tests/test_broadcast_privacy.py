@@ -12,8 +12,8 @@ from broadcast_records import ATTEMPT, RECORD, attributes, failed, generation, r
 from broadcast_runs import collector, counts, running, settled
 from fake_collector import FakeCollector, Reply, until
 
-import broadcast as room
-from broadcast import encode, to_bytes
+from broadcast import delivery, encode
+from broadcast.encoder import to_bytes
 
 CANARY = "SECRET-PROMPT-canary"
 HIDDEN = base64.b64encode(f"..{CANARY}..".encode()).decode()
@@ -130,8 +130,8 @@ def test_the_queue_of_a_private_destination_never_holds_content(tmp_path: Path) 
 def test_nothing_a_client_wrote_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "BACKOFF_FIRST", 0.02)
-    monkeypatch.setattr(room, "_warned", {})
+    monkeypatch.setattr(delivery, "BACKOFF_FIRST", 0.02)
+    monkeypatch.setattr(delivery, "_warned", {})
     replies = Reply(401, body=CANARY.encode()), Reply(503), Reply(200, {"Content-Type": "text/html"}, b"<p>" + CANARY.encode())
     d = {"headers": {"Authorization": f"Bearer {CANARY}"}}
     with FakeCollector(*replies) as receiver, running(tmp_path, collector("a", receiver.url + f"?key={CANARY}", **d)) as made:

@@ -22,8 +22,9 @@ from broadcast_records import RECORD, record
 from broadcast_runs import collector, configured, counts, running, settled
 from fake_collector import OK, FakeCollector, Reply, until
 
-import broadcast as room
-from broadcast import BadAddress, Broadcast, Destination, Settings
+from broadcast import Broadcast, Destination, Settings, delivery, exchange
+from broadcast.destinations import BadAddress, mask, refusal, target
+from broadcast.exchange import try_out
 
 ROOT = Path(__file__).parent.parent
 CAPTURE = ROOT / "tests" / "wire" / "broadcast" / "openrouter-connection-test.capture.json"
@@ -31,9 +32,9 @@ CAPTURE = ROOT / "tests" / "wire" / "broadcast" / "openrouter-connection-test.ca
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "BACKOFF_FIRST", 0.02)
-    monkeypatch.setattr(room, "BACKOFF_MOST", 0.1)
-    monkeypatch.setattr(room, "_warned", {})
+    monkeypatch.setattr(delivery, "BACKOFF_FIRST", 0.02)
+    monkeypatch.setattr(delivery, "BACKOFF_MOST", 0.1)
+    monkeypatch.setattr(delivery, "_warned", {})
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def receiver() -> Iterator[FakeCollector]:
 
 
 def url_of(d: Destination) -> str:
-    to = room.target(d)
+    to = target(d)
     return f"{to.scheme}://{to.authority}{to.path}"
 
 
@@ -72,7 +73,7 @@ GRAFANA: dict[str, Any] = {"type": "grafana", "instance_id": "123456", "api_key"
 def test_any_form_of_grafanas_address_becomes_the_gateways_traces_url(pasted: str) -> None:
     d = Destination(name="g", base_url=pasted, **GRAFANA)
     assert url_of(d) == "https://otlp-gateway-prod-eu-west-2.grafana.net/otlp/v1/traces"
-    word, joined = room.target(d).headers["Authorization"].split(" ")
+    word, joined = target(d).headers["Authorization"].split(" ")
     assert (word, base64.b64decode(joined)) == ("Basic", b"123456:glc_eyJvIjoiMTIzIn0=")
 
 
@@ -115,7 +116,7 @@ PLACES: list[tuple[dict[str, Any], str, dict[str, str]]] = [
 def test_a_type_becomes_its_url_and_headers(fields: dict[str, Any], url: str, headers: dict[str, str]) -> None:
     d = Destination(name="d", **fields, headers={"X-Mine": "1"})
     assert url_of(d) == url
-    assert room.target(d).headers == {"X-Mine": "1"} | headers
+    assert target(d).headers == {"X-Mine": "1"} | headers
 
 
 def test_a_webhook_gets_plain_json_by_the_method_it_wants_and_may_answer_what_it_likes(tmp_path: Path) -> None:
@@ -218,7 +219,7 @@ def test_a_key_of_the_wrong_sort_is_not_repeated_in_the_message() -> None:
 
 def test_no_repr_shows_a_secret() -> None:
     d = Destination("a", "otel-collector", endpoint="http://c/v1/traces?key=SECRET", headers={"Authorization": "Bearer SECRET"})
-    assert "SECRET" not in repr(d) + repr(Settings(destinations=(d,))) + repr(room.target(d)) + repr([d])
+    assert "SECRET" not in repr(d) + repr(Settings(destinations=(d,))) + repr(target(d)) + repr([d])
 
 
 @pytest.mark.parametrize(
@@ -330,9 +331,9 @@ def test_the_routers_own_address_is_refused_in_every_spelling(
 
 def test_another_port_or_host_is_not_the_routers_own() -> None:
     loopback, other = ipaddress.ip_address("127.0.0.1"), ipaddress.ip_address("192.0.2.1")
-    assert room.refusal(loopback, 4318, [("127.0.0.1", 8090)]) is None
-    assert room.refusal(other, 8090, [("127.0.0.1", 8090)]) is None
-    assert room.refusal(other, 8090, [("0.0.0.0", 8090)]) is None
+    assert refusal(loopback, 4318, [("127.0.0.1", 8090)]) is None
+    assert refusal(other, 8090, [("127.0.0.1", 8090)]) is None
+    assert refusal(other, 8090, [("0.0.0.0", 8090)]) is None
 
 
 def test_a_name_that_resolves_to_a_refused_address_is_not_connected_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,7 +368,7 @@ def test_a_resolver_that_hangs_is_bounded_by_the_timeout(tmp_path: Path, monkeyp
     try:
         d = collector("a", "http://slow.example/v1/traces")
         begun = time.monotonic()
-        result = room.try_out(d, Settings(timeout=0.3), ())
+        result = try_out(d, Settings(timeout=0.3), ())
         assert time.monotonic() - begun < 1
         assert (result["ok"], result["message"]) == (False, "No complete answer within 0.3 s")
     finally:
@@ -406,9 +407,9 @@ def test_tls_is_verified_against_the_name_in_the_url(tmp_path: Path, certificate
             made.sink(RECORD)
             until(lambda: counts(made, "a")["last_error"])
             assert counts(made, "a")["last_error"].startswith("The certificate was not accepted")
-            monkeypatch.setattr(room, "_tls", [ssl.create_default_context(cafile=str(certificate))])
+            monkeypatch.setattr(exchange, "_tls", [ssl.create_default_context(cafile=str(certificate))])
             assert settled(made, "a", 1)["delivered"] == 1
-        wrong = room.try_out(collector("b", f"https://other.example:{receiver.port}/v1/traces"), Settings(), ())
+        wrong = try_out(collector("b", f"https://other.example:{receiver.port}/v1/traces"), Settings(), ())
         assert not wrong["ok"]
         assert "certificate" in wrong["advice"]
         assert len(receiver.received) == 1
@@ -418,7 +419,7 @@ def test_a_tls_handshake_that_hangs_is_bounded(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         d = collector("a", f"https://127.0.0.1:{silent.getsockname()[1]}/")
         begun = time.monotonic()
-        assert room.try_out(d, Settings(timeout=0.3), ())["message"] == "No complete answer within 0.3 s"
+        assert try_out(d, Settings(timeout=0.3), ())["message"] == "No complete answer within 0.3 s"
         assert time.monotonic() - begun < 1
 
 
@@ -547,7 +548,7 @@ def test_a_mask_of_nothing_is_refused(api: Broadcast, config: dict[str, Any]) ->
 
 
 def test_short_secrets_are_masked_whole() -> None:
-    assert [room.mask(text) for text in ("", "short", "x" * 15, "abcdefghijklmnop")] == ["…", "…", "…", "abcd…mnop"]
+    assert [mask(text) for text in ("", "short", "x" * 15, "abcdefghijklmnop")] == ["…", "…", "…", "abcd…mnop"]
 
 
 def test_every_secret_field_of_every_type_is_masked(tmp_path: Path) -> None:

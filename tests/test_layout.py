@@ -16,7 +16,7 @@ ROOMS = {
     "plugins": {"plugins", "providers"},
     "providers": {"providers", "telemetry"},
     "telemetry": set(),
-    "broadcast": set(),
+    "broadcast": {"broadcast"},
     "dashboard": {"dashboard"},
 }
 RUNTIME = {"waitress", "urllib3", "opentelemetry"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import tomllib
 from pathlib import Path
@@ -39,3 +40,12 @@ def test_every_file_the_readme_links_to_exists() -> None:
 def test_every_make_target_the_readme_names_exists() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     assert set(re.findall(r"`make ([a-z]+)", README)) <= targets
+
+
+@pytest.mark.parametrize("section", [section for section, _ in readme.SECTIONS if "routers" not in section])
+def test_the_shipped_configuration_shows_every_key(section: str) -> None:
+    shipped = (ROOT / "config.toml").read_text()
+    own = {"type", "method", "url", "instance_id", "api_key", "base_url", "token", "dataset", "tenant", "access_token", "path"}
+    for field in dataclasses.fields(dict(readme.SECTIONS)[section]):
+        if field.name not in own | {"destinations"}:
+            assert re.search(rf"^(# )?{field.name} = ", shipped, flags=re.MULTILINE), f"{section}: {field.name}"

@@ -335,11 +335,20 @@ def test_the_programs_own_lines_arrive_and_keep_no_feedback_going(router: Router
     assert SECRET_PROMPT.encode() not in collector.everything()
 
 
+FAILING = f"""
+def plugin(settings):
+    class Hooks:
+        def on_end(self, *told):
+            raise ValueError("{SECRET_PROMPT}")
+
+    return Hooks()
+"""
+
+
 def test_a_line_of_a_request_carries_its_ids(
     router: RouterFactory, upstream: FakeUpstream, collector: OtlpCollector, tmp_path: Path
 ) -> None:
-    failing = f"def plugin(settings):\n    class Hooks:\n        def on_end(self, *told):\n            raise ValueError({SECRET_PROMPT!r})\n    return Hooks()\n"
-    (tmp_path / "failing_part.py").write_text(failing)
+    (tmp_path / "failing_part.py").write_text(FAILING)
     process = router(rules=on(collector.url) + '[plugins.failing]\nenabled = true\nmodule = "failing_part"\n',
                      environment={"PYTHONPATH": str(tmp_path)})  # fmt: skip
     answer = process.chat()
@@ -476,8 +485,9 @@ def test_headers_of_the_file_read_the_environment_and_win_over_it(router: Router
 
 @pytest.mark.parametrize(
     "line",
-    ['otlp_endpoint = "http://user:secret@host:4318"', 'otlp_endpoint = "http://host:4318/?key=secret"', 'headers = { Host = "x" }',
-     'headers = { Authorization = "a\\nsecret" }', 'headers = { "bad name" = "x" }', "shutdown_seconds = -1", 'otlp_endpoint = "http://"'],
+    ['otlp_endpoint = "http://user:secret@host:4318"', 'otlp_endpoint = "http://host:4318/?key=secret"',
+     'headers = { Host = "x" }', 'headers = { Authorization = "a\\nsecret" }', 'headers = { "bad name" = "x" }', "shutdown_seconds = -1",
+     'otlp_endpoint = "http://"'],
 )  # fmt: skip
 def test_settings_that_cannot_work_refuse_the_start(line: str, router: RouterFactory) -> None:
     process = router(rules=f"{RULES}\n[telemetry]\n{line}\n", start=False)
