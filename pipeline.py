@@ -345,23 +345,26 @@ class Limit(Rule):
 
     providers: tuple[str, ...] = field(default=(), metadata={"doc": "empty: all"})
 
-    def rank(self, question: Question, number: Callable[[Lane], float | None], limit: float, unit: str, *, most: bool) -> Verdict:
-        """Candidates whose number is at most (or at least) the limit."""
+    def rank(
+        self, question: Question, number: Callable[[Lane], float | None], limit: float | None, unit: str, *, most: bool
+    ) -> Verdict:
+        """Candidates whose number is known and at most (or at least) the limit, if there is one."""
         offered = _offer(question.among(self.providers), question, "")
         for candidate in offered:
             value = candidate.value = number(candidate.lane)
-            within = value is not None and (value <= limit if most else value >= limit)
+            within = value is not None and (limit is None or (value <= limit if most else value >= limit))
             if not within and candidate.skipped is None:
                 candidate.skipped = "not known" if value is None else f"{'over' if most else 'under'} {limit:g} {unit}"
-        offered.sort(key=lambda c: (c.value or 0.0) if most else -(c.value or 0.0))
-        return Verdict(f"{'at most' if most else 'at least'} {limit:g} {unit}", offered)
+        offered.sort(key=lambda c: (c.value is None, (c.value or 0.0) * (1 if most else -1)))
+        bound = "" if limit is None else f", {'at most' if most else 'at least'} {limit:g}"
+        return Verdict(f"by {unit}{bound}", offered)
 
 
 @dataclass(frozen=True)
 class Price(Limit):
     """Any model, providers that cost at most so much, the cheapest first."""
 
-    max_cost_per_1m_tokens: float = field(kw_only=True, metadata={"doc": "USD"})
+    max_cost_per_1m_tokens: float | None = field(default=None, metadata={"doc": "USD; unset: no limit"})
 
     def judge(self, question: Question) -> Verdict:
         limit = self.max_cost_per_1m_tokens
@@ -372,7 +375,7 @@ class Price(Limit):
 class Latency(Limit):
     """Any model, providers that begin to answer within so many milliseconds, the fastest first."""
 
-    max_latency_ms: float = field(kw_only=True, metadata={"doc": "milliseconds to the first token"})
+    max_latency_ms: float | None = field(default=None, metadata={"doc": "milliseconds to the first token; unset: no limit"})
 
     def judge(self, question: Question) -> Verdict:
         return self.rank(
@@ -384,7 +387,7 @@ class Latency(Limit):
 class Throughput(Limit):
     """Any model, providers that give at least so many tokens per second, the fastest first."""
 
-    min_tokens_per_sec: float = field(kw_only=True, metadata={"doc": "tokens per second"})
+    min_tokens_per_sec: float | None = field(default=None, metadata={"doc": "tokens per second; unset: no limit"})
 
     def judge(self, question: Question) -> Verdict:
         def number(lane: Lane) -> float | None:
@@ -1074,7 +1077,7 @@ def decide(plan: Plan, request: Request, parts: Sequence[Part]) -> tuple[list[st
     before = _fingerprint(request) if watched else None
     given, forced_by = _ask_plugins(parts, "on_start", request)
     for part in plan.classifiers if given is None else ():
-        tags += [t for t in _call(part, "classify", request) or () if t not in tags]
+        tags += [t for t in _classified(part, request) if t not in tags]
     if given is None:
         given, forced_by = _ask_plugins(parts, "pre_request", request)
     request.changed = watched and _fingerprint(request) != before
@@ -1104,6 +1107,16 @@ def _call(part: Part, hook: str, request: Request) -> Any:
     except Exception as e:  # noqa: BLE001 - a part may raise anything; its text may hold what a client said
         log.error("%s failed in %s: %s", part.id, hook, type(e).__name__)
         raise plugins.PluginError(f"the plugin {part.id} failed", code="plugin_error") from None
+
+
+def _classified(part: Part, request: Request) -> list[str]:
+    """A classifier's tags. One that fails costs its tags and a warning, never the request."""
+    try:
+        found = part.call("classify", request) or ()
+    except Exception as e:  # noqa: BLE001 - a part may raise anything; its text may hold what a client said
+        log.warning("the classifier %s failed: %s", part.id, type(e).__name__)
+        return []
+    return [tag for tag in found if isinstance(tag, str)] if isinstance(found, (list, tuple)) else []
 
 
 def _fingerprint(request: Request) -> Any:

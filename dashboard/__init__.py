@@ -7,6 +7,7 @@ a folder, a wheel and a zip archive alike.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping
 from importlib import resources
@@ -16,6 +17,8 @@ from .feed import Feed, Full, Watcher
 from .series import WINDOWS, Series
 
 __all__ = ["Dashboard", "Full", "Watcher"]
+
+log = logging.getLogger("opensourcellmrouter")
 
 Event = Mapping[str, Any]
 TYPES = {
@@ -42,9 +45,12 @@ class Dashboard:
 
     def sink(self, event: Event) -> None:
         """Take an event of a request. Never waits for anybody, never raises."""
-        self._feed.sink(event)
-        if event.get("type") == "complete":
-            self._series.add(event)
+        try:
+            self._feed.sink(event)
+            if event["type"] == "complete":
+                self._series.add(event)
+        except Exception as e:  # noqa: BLE001 - a request must never notice its onlookers
+            log.error("the dashboard cannot show an event: %s", type(e).__name__)
 
     def watch(self, last_event_id: str | None = None, gone: Callable[[], bool] = bool) -> Watcher:
         """Somebody who watches from now on, or from after the event of this id. Raises Full."""

@@ -9,15 +9,12 @@ reads too slowly loses the oldest events and is told how many.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from typing import Any
-
-log = logging.getLogger("opensourcellmrouter")
 
 CONTENT = ("system", "messages", "tools", "request", "response")
 """The keys of a record that hold what was said; they go last into its JSON, so that they can be cut off."""
@@ -196,7 +193,7 @@ def _prompt(record: Mapping[str, Any]) -> str:
 def _mentions(value: Any, wanted: str) -> bool:
     """Does any text in there hold this one, whatever its case?"""
     if isinstance(value, str):
-        return wanted in value.casefold()
+        return wanted in value.lower()
     if isinstance(value, Mapping):
         return any(_mentions(item, wanted) for item in value.values())
     if isinstance(value, list):
@@ -221,14 +218,9 @@ class Feed:
 
     # events
     def sink(self, event: Mapping[str, Any]) -> None:
-        """Take an event; one that cannot be shown is told of in the program's log."""
-        try:
-            if not self._closed:
-                self._take(event)
-        except Exception as e:  # noqa: BLE001 - a request must never notice its onlookers
-            log.error("the feed cannot show an event: %s", type(e).__name__)
-
-    def _take(self, event: Mapping[str, Any]) -> None:
+        """Take an event: hold it, and hand it to everybody who watches."""
+        if self._closed:
+            return
         if event["type"] == "complete":
             lines = Lines(event)
             with self._lock:
@@ -265,18 +257,27 @@ class Feed:
         return f"{self._life}-{number}"
 
     def _trim(self) -> None:
+        """Keep to the bounds: first the oldest lose their content, then they go."""
         while len(self._held) > self._most:
-            oldest = next((held for held in self._held.values() if held.complete), next(iter(self._held.values())))
-            del self._held[oldest.state["id"]]
-            self._bytes -= oldest.size if oldest.complete else 0
+            self._drop_oldest()
         while self._bytes > self._most_bytes and self._fat:
             held = self._fat.popleft()
-            if self._held.get(held.state["id"]) is held:
+            if self._is_held(held):
                 self._bytes -= held.size
                 held.slim()
                 self._bytes += held.size
-        while self._fat and self._held.get(self._fat[0].state["id"]) is not self._fat[0]:
+        while self._bytes > self._most_bytes:
+            self._drop_oldest()
+        while self._fat and not self._is_held(self._fat[0]):
             self._fat.popleft()
+
+    def _is_held(self, held: Held) -> bool:
+        return self._held.get(held.state["id"]) is held
+
+    def _drop_oldest(self) -> None:
+        oldest = next((held for held in self._held.values() if held.complete), None) or next(iter(self._held.values()))
+        del self._held[oldest.state["id"]]
+        self._bytes -= oldest.size if oldest.complete else 0
 
     # what is held
     def get(self, id: int) -> Held | None:
@@ -288,7 +289,7 @@ class Feed:
         """What is held, newest first, and the id of the last event it tells of; with `text`, those that mention it."""
         with self._lock:
             kept, last = [(h.state, h.summary, h.json) for h in reversed(self._held.values())], self._id(self._number)
-        wanted = text.casefold()
+        wanted = text.lower()
         told = [_line(state, summary) for state, summary, full in kept if not wanted or _is_about(wanted, state, full)]
         return {"last_event_id": last, "limit": self._most, "requests": told}
 

@@ -147,7 +147,8 @@ def _numbers(record: dict[str, Any]) -> Iterator[str]:
     if cost.get("total"):
         yield f"${cost['total']:.3g}"
     if record.get("error"):
-        yield f"{_clean(record.get('error_type') or 'error', 40)}: {_clean(record['error'], 120)}"
+        kind, said = _clean(record.get("error_type") or "error", 40), _clean(record["error"], 120)
+        yield said if said == kind else f"{kind}: {said}"
 
 
 def _duration(ms: float | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ from providers import Request
 
 
 class Keyword:
-    """Settings: tags = {tag: [word, ...]}. A word counts wherever it stands by itself, in any case."""
+    """Settings: tags = {tag: [word, ...]}. A word counts wherever it stands in the text, in any case."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         tags = settings.get("tags", {})
@@ -18,11 +17,11 @@ class Keyword:
             raise ValueError(f"{min(unknown)}: unknown key, known is tags")
         if not isinstance(tags, dict) or not all(_is_words(words) for words in tags.values()):
             raise ValueError("tags: must map each tag to a list of words")
-        self._patterns = {tag: _pattern(words) for tag, words in tags.items()}
+        self._tags = {tag: [word.lower() for word in words] for tag, words in tags.items()}
 
     def classify(self, request: Request) -> list[str]:
-        text = request.text()
-        return [tag for tag, pattern in self._patterns.items() if pattern.search(text)]
+        text = request.text().lower()
+        return [tag for tag, words in self._tags.items() if any(word in text for word in words)]
 
 
 classifier = Keyword
@@ -30,7 +29,3 @@ classifier = Keyword
 
 def _is_words(words: Any) -> bool:
     return isinstance(words, list) and bool(words) and all(isinstance(w, str) and w for w in words)
-
-
-def _pattern(words: list[str]) -> re.Pattern[str]:
-    return re.compile(r"(?<!\w)(?:" + "|".join(re.escape(w) for w in words) + r")(?!\w)", re.IGNORECASE)

@@ -105,10 +105,10 @@ class OtlpCollector:
 
     def close(self) -> None:
         self._closing.set()
-        self._listener.close()
-        for connection in self._connections:
+        for open_one in (self._listener, *self._connections):  # a thread that waits in accept would get one more
             with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+                open_one.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
 
     # what came
     def exports(self, path: str) -> Iterator[dict[str, Any]]:
