@@ -520,10 +520,19 @@ class App:
             self.pipeline.telemetry = telemetry.start(self.config.telemetry, __version__)
             self.pipeline.sinks.append(self.pipeline.telemetry.sink)
             self.pipeline.propagate = self.config.telemetry.propagate
-        if self.config.broadcast is not None or (self.dashboard and Path("state/broadcast.db").exists()):
+        if self._broadcast_wanted():
             self.broadcasting()
         if self.pipeline.discovery is None and any(lane.discoverable for lane in self.pipeline.plan.lanes.values()):
             self.pipeline.discovery = pipeline.Discovery(self.pipeline)
+
+    def _broadcast_wanted(self) -> bool:
+        """Is Broadcast on, or may it be: switched on by the page, or with a queue left from an earlier life?"""
+        if self.config.broadcast is None and not self.dashboard:
+            return False
+        import broadcast
+
+        settings = self.config.broadcast or broadcast.Settings()
+        return bool(settings.enabled) or Path(settings.database).exists()
 
     def reload(self, config: Config, environ: Mapping[str, str], source: str) -> None:
         """Go by another configuration from the next request on. Raises ConfigError, and then all stays as it was.

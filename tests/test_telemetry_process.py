@@ -383,7 +383,7 @@ TROUBLE: dict[str, bytes | list[Step] | None] = {
 
 
 @pytest.mark.parametrize("case", TROUBLE)
-def test_a_collector_in_trouble_costs_no_request_and_every_span_is_accounted_for(
+def test_a_collector_in_trouble_costs_no_request_and_is_told_of_once(
     case: str, router: RouterFactory, upstream: FakeUpstream
 ) -> None:
     collector, answer = OtlpCollector(), TROUBLE[case]
