@@ -459,7 +459,7 @@ def _clean(attributes: Mapping[str, Any]) -> dict[str, Any]:
             if name not in _CONTENT:  # made of texts that were seen to one by one
                 value = _short(value) if len(value) <= 256 else _text(value)
         elif kind is list:
-            value = [_text(str(v), 256) for v in value[:128]]
+            value = [_short(v) if len(v) <= 256 else _text(v, 256) for v in map(str, value[:128])]
         clean[name] = value
     return clean
 
@@ -1063,19 +1063,17 @@ class Lane:
         self._work.set()
         self._hurry.set()
 
-    def join(self, until: float) -> int:
-        """Wait for the thread up to this moment, then give up on it: how many items were lost by that."""
+    def join(self, until: float) -> None:
+        """Wait for the thread up to this moment, then give up on it and on what it still had to do."""
         self._thread.join(max(0.0, until - time.monotonic()))
         with self._lock:
             self._given_up = True
-            lost = self._in_hand + sum(count for _, _, count in self._queue)
             self.failed += self._in_hand
-            self.dropped += lost - self._in_hand
+            self.dropped += sum(count for _, _, count in self._queue)
             self._queue.clear()
             self._bytes = self._in_hand = 0
         self.post.abort()
         self._thread.join(0.2)
-        return lost
 
     def _run(self) -> None:
         while not self._stopping:
@@ -1234,13 +1232,16 @@ class Telemetry:
         self._stopped = True
         self._bridge.close()
         until = time.monotonic() + seconds
-        lanes = (self._spans, self._metrics, self._logs)
+        lanes: tuple[Lane | Meters, ...] = (self._spans, self._metrics, self._logs)
+        before = [lane.failed + lane.dropped for lane in lanes]
         for lane in lanes:
             lane.stop(until)
-        lost = {lane.signal: n for lane in lanes if (n := lane.join(until))}
-        if lost:
-            told = ", ".join(f"{n} {signal}" for signal, n in lost.items())
-            log.warning("telemetry: %s could not be delivered within %g s and are lost", told, seconds)
+        for lane in lanes:
+            lane.join(until)
+        lost = [(lane.failed + lane.dropped - n, lane.signal) for lane, n in zip(lanes, before, strict=True)]
+        if any(n for n, _ in lost):
+            told = ", ".join(f"{n} {signal}" for n, signal in lost if n)
+            log.warning("telemetry: what was left could not be delivered within %g s: %s", seconds, told)
 
     def probe(self) -> list[dict[str, Any]]:
         """Send one test span, metric and log line, each once, and tell what came back:
@@ -1624,14 +1625,13 @@ class Meters:
         self._stop.set()
         self._work.set()
 
-    def join(self, until: float) -> int:
-        """Wait for the thread up to this moment; how many data points were lost with it."""
+    def join(self, until: float) -> None:
+        """Wait for the thread up to this moment, then give up on it."""
         self._thread.join(max(0.0, until - time.monotonic()))
         lost, self._in_hand = self._in_hand, 0
         self.failed += lost
         self.post.abort()
         self._thread.join(0.2)
-        return lost
 
     def _run(self) -> None:
         interval = _interval(os.environ)
@@ -1660,7 +1660,7 @@ class Meters:
                 flow += item
             else:
                 flow -= 1
-                self._measure(item, sums)
+                self._measure_safely(item, sums)
         for (provider, model, failed), (requests, tokens_in, tokens_out) in sums.items():
             labels = {"provider": provider, "model": model, "error": failed}
             self._requests.add(requests, labels)
@@ -1669,6 +1669,12 @@ class Meters:
                 self._output.add(tokens_out, labels)
         if flow:
             self._in_flight.add(flow)
+
+    def _measure_safely(self, facts: Mapping[str, Any], sums: dict[tuple[str, str, bool], list[int]]) -> None:
+        try:
+            self._measure(facts, sums)
+        except Exception as e:  # noqa: BLE001 - a bug may cost the request that wakes it, not the thread and all others
+            log.error("telemetry: a request cannot be measured: %s", type(e).__name__)
 
     def _measure(self, facts: Mapping[str, Any], sums: dict[tuple[str, str, bool], list[int]]) -> None:
         """One finished request."""

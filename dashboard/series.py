@@ -72,7 +72,7 @@ def _bin(milliseconds: float) -> int:
 
 
 def percentile(bins: Iterable[float], share: float) -> float | None:
-    """The value below which that share of a histogram lies, to within a tenth or so."""
+    """The value below which that share of a histogram lies, to within a sixth, mostly much closer."""
     bins = list(bins)
     rank = share * sum(bins)
     if not rank:

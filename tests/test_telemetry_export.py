@@ -467,6 +467,15 @@ def test_the_end_comes_in_time_if_no_connection_can_be_made(start: Start) -> Non
             one.close()
 
 
+def test_what_was_lost_in_the_end_is_told(start: Start, collector: OtlpCollector, caplog: pytest.LogCaptureFixture) -> None:
+    collector.answer_always([HANG])
+    to = start(collector.url)
+    finish(to, 3)
+    to.flush_and_stop(0.2)
+    told = [r.getMessage() for r in caplog.records if r.name == "opensourcellmrouter.telemetry"][-1]
+    assert told.startswith("telemetry: what was left could not be delivered within 0.2 s: 12 spans, ")
+
+
 def test_all_that_is_queued_is_sent_in_the_end(start: Start, collector: OtlpCollector, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(telemetry.Lane, "LINGER", 30.0)
     monkeypatch.setattr(telemetry, "METRIC_SECONDS", 60.0)

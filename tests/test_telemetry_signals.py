@@ -187,6 +187,13 @@ def test_no_request_goes_uncounted_when_the_queue_is_full(
     assert of(collector.metrics()["router.in_flight"])["value"] == -800
 
 
+def test_a_record_that_cannot_be_measured_costs_itself_only(to: Telemetry, collector: OtlpCollector) -> None:
+    unsampled = to.begin(f"00-{'1' * 32}-{'1' * 16}-00", None)
+    found = measured(to, collector, a_record(duration_ms="long", _trace=unsampled), a_record())
+    assert of(found["router.requests"])["value"] == 1
+    assert points(found["router.in_flight"]) == [({}, 0)]
+
+
 # --- logs
 
 
