@@ -39,6 +39,7 @@ from urllib.parse import parse_qsl
 import pipeline
 import plugins
 import providers
+import rules
 import telemetry
 from providers import BadRequest, ClientGone, RequestError
 
@@ -134,9 +135,9 @@ class Config:
     logging: Logging = field(default_factory=Logging)
     telemetry: telemetry.Settings = field(default_factory=telemetry.Settings)
     retry: pipeline.Retry = field(default_factory=pipeline.Retry)
-    breaker: pipeline.Breaker = field(default_factory=pipeline.Breaker)
+    breaker: rules.Breaker = field(default_factory=rules.Breaker)
     providers: tuple[providers.Provider, ...] = ()
-    routers: tuple[pipeline.Rule, ...] = ()
+    routers: tuple[rules.Rule, ...] = ()
     plugins: dict[str, dict[str, Any]] = field(default_factory=dict)
     classifiers: dict[str, dict[str, Any]] = field(default_factory=dict)
     response_classifiers: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -195,7 +196,7 @@ class Reader:
         """An instance of the dataclass from a table. Raises ConfigError."""
         if not isinstance(table, dict):
             raise ConfigError(f"{place}: must be a table")
-        if cls is pipeline.Rule:
+        if cls is rules.Rule:
             cls, table = self._rule(table, place)
         hints, fields = _hints(cls), {f.name: f for f in dataclasses.fields(cls)}
         for key in table:
@@ -213,10 +214,10 @@ class Reader:
 
     def _rule(self, table: dict[str, Any], place: str) -> tuple[type, dict[str, Any]]:
         kind = table.get("type")
-        if kind not in pipeline.RULES:
+        if kind not in rules.RULES:
             told = "required" if kind is None else f"unknown rule type {kind!r}"
-            raise ConfigError(f"{place}.type: {told}, known are {', '.join(pipeline.RULES)}")
-        return pipeline.RULES[kind], {k: v for k, v in table.items() if k != "type"}
+            raise ConfigError(f"{place}.type: {told}, known are {', '.join(rules.RULES)}")
+        return rules.RULES[kind], {k: v for k, v in table.items() if k != "type"}
 
     def _value(self, hint: Any, value: Any, place: str, secret: bool) -> Any:
         origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -1034,9 +1035,9 @@ def _parts(config: Config, kind: str) -> list[plugins.Part]:
     return made
 
 
-def _lanes(config: Config, environ: Mapping[str, str], old: pipeline.Plan | None) -> dict[str, pipeline.Lane]:
+def _lanes(config: Config, environ: Mapping[str, str], old: pipeline.Plan | None) -> dict[str, rules.Lane]:
     """The providers that can be in service: one whose key is named but unset is left out with a warning."""
-    lanes: dict[str, pipeline.Lane] = {}
+    lanes: dict[str, rules.Lane] = {}
     missing: list[str] = []
     for i, provider in enumerate(config.providers):
         key = None
@@ -1054,7 +1055,7 @@ def _lanes(config: Config, environ: Mapping[str, str], old: pipeline.Plan | None
         if before is not None and before.unchanged(provider, key, config.breaker):
             lanes[provider.name] = before
         else:
-            lanes[provider.name] = pipeline.Lane(providers.Upstream(provider, key, config.server.threads), config.breaker)
+            lanes[provider.name] = rules.Lane(providers.Upstream(provider, key, config.server.threads), config.breaker)
     if not lanes:
         raise ValueError(f"providers: no provider is left to answer requests{''.join(f'; {m}' for m in missing)}")
     for line in missing:

@@ -72,10 +72,9 @@ export class DestinationForm {
     if (secret) control.addEventListener("input", () => (control.type = control.value.includes("…") ? "text" : "password"));
     const error = el("span.field-error", { id: `${id}-error`, role: "alert" });
     control.setAttribute("aria-describedby", `${id}-help ${id}-error`);
-    const node = el("label.field", { for: id }, el("span", {}, label, more.required ? el("span.note", {}, " (required)") : null),
-      control, help ? el("span.note", { id: `${id}-help` }, help) : null, error);
     this.fields.set(param, { control, error });
-    return node;
+    return el("div.field", {}, el("div", {}, el("label", { for: id }, label), more.required ? el("span.note", {}, " (required)") : null),
+      control, help ? el("span.note", { id: `${id}-help` }, help) : null, error);
   }
 
   headers({ label, help }, given) {

@@ -56,10 +56,10 @@ function spanRow(span, depth, total) {
   const name = el("span.span-name", {}, span.name);
   name.style.setProperty("--depth", depth);
   const failed = span.status === "error";
-  const button = el("button.span", {
-    type: "button", tabindex: -1, "aria-expanded": "false",
-    "aria-label": `${span.name}, ${duration(span.duration_ms)}, begins at ${duration(span.offset_ms)}${failed ? ", failed" : ""}`,
-  }, name, el("span.lane", { "aria-hidden": "true" }, bar), el("span.length", {}, failed ? el("span.failed", {}, "failed ") : null, duration(span.duration_ms)));
+  const button = el("button.span", { type: "button", tabindex: -1, "aria-expanded": "false" },
+    name, el("span.lane", { "aria-hidden": "true" }, bar),
+    el("span.length", {}, failed ? el("span.failed", {}, "failed ") : null, duration(span.duration_ms),
+      el("span.sr", {}, `, begins at ${duration(span.offset_ms)}`)));
   const item = el("li", {}, button);
   button.addEventListener("click", () => {
     const open = button.getAttribute("aria-expanded") === "true";

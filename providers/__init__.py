@@ -847,10 +847,22 @@ class BlockParser:
     def __init__(self) -> None:
         self._cutter = type(self).cutter()
         self._fresh = True
+        self.failure: UpstreamError | None = None
 
     def feed(self, piece: bytes) -> list[tuple[bytes, list[Event]]]:
-        """The blocks completed by this piece, each with the events it says. A comment has none."""
-        return [(block, self._read(block)) for block in self._cutter.feed(piece)]
+        """The blocks completed by this piece, each with the events it says. A comment has none. If a block says that the
+        provider failed, the blocks before it are given and `failure` is set: what was said before counts. Raises
+        UpstreamError at once if nothing came before it."""
+        blocks: list[tuple[bytes, list[Event]]] = []
+        for block in self._cutter.feed(piece):
+            try:
+                blocks.append((block, self._read(block)))
+            except UpstreamError as e:
+                if not blocks:
+                    raise
+                self.failure = e
+                break
+        return blocks
 
     def end(self) -> list[tuple[bytes, list[Event]]]:
         """What stood after the last complete block when the stream ended: a last event whose blank line was forgotten
@@ -926,7 +938,7 @@ def refusal(status: int, headers: Mapping[str, str], detail: dict[str, Any] | No
     400, 404, 409, 413 and 422 keep their status, 401 and 403 are about our key (502), 429 stays with its Retry-After,
     all else is 502.
     """
-    again = status in retry_on
+    again = (503 if status == 529 else status) in retry_on  # 529 is Anthropic's word for overloaded
     said: dict[str, Any] = {"upstream_status": status, "retryable": again, "refused": again}
     if status in PASSED_ON:
         text = f"the provider answered {status}"

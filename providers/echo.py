@@ -72,6 +72,9 @@ def build(request: Request, model: str, provider: Provider) -> Call:
     unused = ("temperature", "top_p", "top_k", "seed", "presence_penalty", "frequency_penalty", "reasoning")
     dropped = [name for name in unused if getattr(request, name) is not None]
     dropped += ["n"] if request.n > 1 else []
+    dropped += (
+        ["messages"] if any(b["type"] in ("image", "audio", "document") for m in request.messages for b in m.content) else []
+    )
     return Call("/", dumps(order).encode(), "echo_stream" if request.stream else "echo_chat", dropped=dropped)
 
 

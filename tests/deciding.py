@@ -140,7 +140,7 @@ class House:
 
     def settled(self, count: int) -> list[dict[str, Any]]:
         """So many records, agreeing with the counters; nothing runs any more."""
-        until(lambda: len(self.records) >= count and self.stats()["in_flight"] == 0, 10, f"{count} requests ended")
+        until(lambda: len(self.records) >= count and self.stats()["in_flight"] == 0, 1, f"{count} requests ended")
         requests = self.stats()["requests"]
         assert requests["accepted"] == len(self.records) == count
         for outcome in ("ok", "error", "cancelled", "timeout", "rejected"):

@@ -15,6 +15,7 @@ import broadcast  # noqa: E402
 import pipeline  # noqa: E402
 import providers  # noqa: E402
 import router  # noqa: E402
+import rules  # noqa: E402
 import telemetry  # noqa: E402
 
 SECTIONS: list[tuple[str, Any]] = [
@@ -25,10 +26,10 @@ SECTIONS: list[tuple[str, Any]] = [
     ("broadcast", broadcast.Settings),
     ("[[broadcast.destinations]]", broadcast.Destination),
     ("retry", pipeline.Retry),
-    ("breaker", pipeline.Breaker),
+    ("breaker", rules.Breaker),
     ("[[providers]]", providers.Provider),
     ('[providers.models."id"]', providers.Prices),
-    *((f'[[routers]] type = "{kind}"', rule) for kind, rule in pipeline.RULES.items()),
+    *((f'[[routers]] type = "{kind}"', rule) for kind, rule in rules.RULES.items()),
 ]
 
 

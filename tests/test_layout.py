@@ -11,8 +11,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = {
-    "router": {"pipeline", "plugins", "providers", "telemetry", "broadcast", "dashboard"},
-    "pipeline": {"plugins", "providers", "telemetry"},
+    "router": {"pipeline", "rules", "plugins", "providers", "telemetry", "broadcast", "dashboard"},
+    "pipeline": {"rules", "plugins", "providers", "telemetry"},
+    "rules": {"providers"},
     "plugins": {"plugins", "providers"},
     "providers": {"providers", "telemetry"},
     "telemetry": set(),

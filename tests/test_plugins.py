@@ -584,7 +584,7 @@ def test_a_limit_that_is_none_is_a_start_error(app: MakeApp, foreign: Foreign, l
 def test_settings_reach_their_part_without_what_is_the_routers(house: MakeHouse, foreign: Foreign) -> None:
     module = foreign("seen = []\ndef plugin(settings):\n    seen.append(dict(settings))\n    return object()")
     here = house(plugin("stranger", module, size=3, deep={"a": [1]}))
-    assert {"size": 3, "deep": {"a": [1]}} == sys.modules[module].seen[-1]
+    assert sys.modules[module].seen[-1] == {"size": 3, "deep": {"a": [1]}}
     assert here.chat().status == 200
 
 
