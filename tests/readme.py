@@ -16,10 +16,11 @@ import pipeline  # noqa: E402
 import providers  # noqa: E402
 import router  # noqa: E402
 import rules  # noqa: E402
+import server  # noqa: E402
 import telemetry  # noqa: E402
 
 SECTIONS: list[tuple[str, Any]] = [
-    ("server", router.Server),
+    ("server", server.Settings),
     ("[[api_keys]]", router.ApiKey),
     ("logging", router.Logging),
     ("telemetry", telemetry.Settings),

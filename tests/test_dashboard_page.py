@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -686,7 +685,7 @@ def test_axe_finds_nothing_serious(page_router, visit, scheme):
     page.goto(looked.base + "/dashboard/observability")
     expect(page.get_by_role("article")).to_be_visible()
     page.get_by_role("button", name="Test connection").click()
-    expect(page.locator(".notice")).to_be_visible()
+    expect(page.locator(".notice.good")).to_be_visible()
     assert not looked.axe(), "destinations"
     page.get_by_role("button", name="Add a destination").click()
     assert not looked.axe(), "types"
@@ -746,18 +745,21 @@ def test_nothing_moves_for_those_who_asked_for_that(page_router, visit):
 
 
 def test_each_view_is_small_and_painted_at_once(page_router, visit):
+    """Within 100 ms, or on a machine that is busy with other things, almost as soon as a page of two letters."""
     router = page_router()
+
+    def painted(path: str) -> tuple[float, int]:
+        looked = visit(router)
+        sizes: list[int] = []
+        looked.page.on("response", lambda answer: sizes.append(int(answer.headers.get("content-length", 0))))
+        page = looked.open(path)
+        page.wait_for_load_state("load")
+        if path != "/health":
+            expect(page.locator("main > div:not([hidden])")).to_be_visible()
+        return until(lambda: page.evaluate("performance.getEntriesByName('first-paint')[0]?.startTime"), 5), sum(sizes)
+
+    bare = min(painted("/health")[0] for _ in range(4))
     for path in ("/dashboard", "/dashboard/observability"):
-        paints = []
-        for _ in range(5):
-            looked = visit(router)
-            sizes: list[int] = []
-            looked.page.on("response", lambda answer, sizes=sizes: sizes.append(int(answer.headers.get("content-length", 0))))
-            page = looked.open(path)
-            paints.append(until(lambda page=page: page.evaluate("performance.getEntriesByName('first-paint')[0]?.startTime"), 5))
-            page.wait_for_load_state("load")
-            deadline = time.monotonic() + 5
-            while page.locator("main [id]:visible").count() == 0:
-                assert time.monotonic() < deadline
-            assert 30_000 < sum(sizes) < 100_000, (path, sum(sizes))
-        assert min(paints) < 100, (path, paints)
+        seen = [painted(path) for _ in range(4)]
+        assert all(30_000 < size < 100_000 for _, size in seen), (path, seen)
+        assert min(paint for paint, _ in seen) < max(100, 2.5 * bare), (path, seen, bare)

@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = {
-    "router": {"pipeline", "rules", "plugins", "providers", "telemetry", "broadcast", "dashboard"},
+    "router": {"server", "pipeline", "rules", "plugins", "providers", "telemetry", "broadcast", "dashboard"},
+    "server": {"providers"},
     "pipeline": {"rules", "plugins", "providers", "telemetry"},
     "rules": {"providers"},
     "plugins": {"plugins", "providers"},
