@@ -7,12 +7,14 @@ back-off and cool-down then pass at once and to the millisecond, so no test depe
 
 from __future__ import annotations
 
+import importlib
 import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 from conftest import App
 from fake_upstream import FakeUpstream, Script
 from router_process import Answer, chat_body, free_port, until
@@ -90,6 +92,14 @@ class Clock:
         """Seconds slept since the last look."""
         seconds, self.slept = sum(self.slept), []
         return seconds
+
+
+def set_clock(patch: pytest.MonkeyPatch, frozen: bool = False) -> Clock:
+    """The deciding rooms live by this clock from now on."""
+    clock = Clock(frozen)
+    for room in ("pipeline", "rules"):
+        patch.setattr(importlib.import_module(room), "time", clock)
+    return clock
 
 
 class House:

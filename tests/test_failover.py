@@ -29,6 +29,7 @@ from deciding import (
     provider,
     refused_url,
     rule,
+    set_clock,
     sse_text,
 )
 from fake_upstream import (
@@ -72,9 +73,7 @@ def house(app: MakeApp) -> MakeHouse:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    made = Clock()
-    monkeypatch.setattr("pipeline.time", made)
-    return made
+    return set_clock(monkeypatch)
 
 
 def two(fakes: Fakes, **keys: Any) -> list[str]:
@@ -160,11 +159,14 @@ def check_headers(answered: Answer, name: str, told: str) -> None:
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_refused_connection_moves_on(house: MakeHouse, fakes: Fakes, streamed: bool) -> None:
-    here = house(provider("a", refused_url(), quality=9), provider("b", fakes["b"]))
+@pytest.mark.parametrize("where", ["nobody listens", "no such name"])
+def test_a_connection_that_cannot_be_had_moves_on(house: MakeHouse, fakes: Fakes, where: str, streamed: bool) -> None:
+    url = refused_url() if where == "nobody listens" else "http://no-such-host.invalid/v1"
+    here = house(provider("a", url, quality=9), provider("b", fakes["b"]))
     assert here.chat(stream=streamed).status == 200
     first, second = here.record["attempts"]
-    assert (first["provider"], first["status"], first["error_type"]) == ("a", None, "connection_refused")
+    assert (first["provider"], first["status"], bool(first["error"])) == ("a", None, True)
+    assert first["error_type"].startswith("connection")
     assert second["provider"] == "b"
     assert fakes.counts() == {"b": 1}
 
@@ -700,8 +702,7 @@ BURST = 400
 @pytest.fixture
 def burst(house: MakeHouse, fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> tuple[House, Clock, list[int]]:
     """Many requests in no time, while the better one of two providers fails all of them."""
-    clock = Clock(frozen=True)
-    monkeypatch.setattr("pipeline.time", clock)
+    clock = set_clock(monkeypatch, frozen=True)
     always(error_answer(503), fakes["a"])
     here = house(*two(fakes), attempts=2)
     return here, clock, [here.chat().status for _ in range(BURST)]
@@ -725,8 +726,7 @@ def test_while_another_one_is_left_the_same_one_is_not_asked_again(burst: tuple[
 
 
 def test_the_budget_comes_back_with_time(house: MakeHouse, fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(frozen=True)
-    monkeypatch.setattr("pipeline.time", clock)
+    clock = set_clock(monkeypatch, frozen=True)
     always(error_answer(503), fakes["a"])
     here = house(*two(fakes), attempts=2)
     until(lambda: here.chat().status == 502, 30, "the budget is used up")

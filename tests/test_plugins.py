@@ -42,7 +42,7 @@ from router_process import ROOT, Answer, RouterProcess, chat_body, until
 NUMBER = itertools.count()
 MakeHouse = Callable[..., House]
 Foreign = Callable[..., str]
-OPENAI = '{ "model": "fake-model", "messages": [{"role": "user", "content": "h\\u0069"}], "seed": 1.0e0 }'
+OPENAI = '{ "model": "fake-model", "messages": [{"role": "user", "content": "h\\u0069"}], "temperature": 1.0e0, "zzz": [ ] }'
 
 
 @pytest.fixture
@@ -318,14 +318,12 @@ BAD = {
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize("where", ["on_start", "pre_request", "classify"])
+@pytest.mark.parametrize("where", ["on_start", "pre_request"])
 @pytest.mark.parametrize("how", BAD)
 def test_a_part_that_fails_fails_its_own_request_by_name(
     house: MakeHouse, foreign: Foreign, fakes: Fakes, caplog: pytest.LogCaptureFixture, how: str, where: str, streamed: bool
 ) -> None:
-    source = classifier(BAD[how]) if where == "classify" else hook(where, BAD[how])
-    kind = "classifiers" if where == "classify" else "plugins"
-    here = house(plugin("stranger", foreign(source), kind, timeout=0.2))
+    here = house(plugin("stranger", foreign(hook(where, BAD[how])), timeout=0.2))
     answered = here.chat("SECRET-PROMPT", stream=streamed)
     assert answered.status == 500
     assert "stranger" in answered.error["message"]
@@ -333,6 +331,24 @@ def test_a_part_that_fails_fails_its_own_request_by_name(
     assert "stranger" in caplog.text, "the operator's log names it"
     assert fakes.counts() == {}
     assert (here.record["outcome"], here.record["status"]) == ("error", 500)
+    no_thread_stays()
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("how", BAD)
+def test_a_classifier_that_fails_costs_its_tags_and_nothing_else(
+    house: MakeHouse, foreign: Foreign, caplog: pytest.LogCaptureFixture, how: str, streamed: bool
+) -> None:
+    stranger = plugin("stranger", foreign(classifier(BAD[how])), "classifiers", timeout=0.2)
+    here = house(stranger, plugin("structure", kind="classifiers"))
+    assert here.chat("SECRET-PROMPT", stream=streamed, tools=[TOOL]).status == 200
+    assert here.record["tags"] == ["tools"]
+    assert "stranger" in caplog.text
+    assert "SECRET-PROMPT" not in caplog.text
+    no_thread_stays()
+
+
+def no_thread_stays() -> None:
     until(lambda: not any(thread.name == "plugin" for thread in threading.enumerate()), 10, "its thread ends")
 
 
@@ -370,7 +386,7 @@ RETURNS = ["'text'", "42", "{}", "[]", "True", "object()", "providers.Answer", "
 
 
 @pytest.mark.parametrize("value", RETURNS)
-@pytest.mark.parametrize("name", ["on_start", "pre_request", "post_response", "on_end"])
+@pytest.mark.parametrize("name", ["on_start", "pre_request", "post_response"])
 def test_a_wrong_return_value_is_told_and_does_no_harm(
     house: MakeHouse, foreign: Foreign, caplog: pytest.LogCaptureFixture, name: str, value: str
 ) -> None:
@@ -395,22 +411,17 @@ TAGS = ["'abc'", "5", "[1]", "[None]", "{'a': 1}", "[['a']]", "[b'a']", "object(
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("side", ["classifiers", "response_classifiers"])
 def test_tags_that_are_none_do_no_harm(house: MakeHouse, foreign: Foreign, side: str, streamed: bool, value: str) -> None:
-    """The request side may fail by name; the answer side must not spoil an answer. A record there is in any case."""
     make = classifier if side == "classifiers" else response_classifier
     here = house(plugin("stranger", foreign(make(f"return {value}")), side))
-    answered = here.chat(stream=streamed)
-    if answered.status != 200:
-        assert side == "classifiers"
-        assert answered.status == 500
-        assert "stranger" in answered.error["message"]
+    assert here.chat(stream=streamed).status == 200
     (record,) = here.settled(1)
     tags = record["tags"] + ((record["response"] or {}).get("tags") or [])
     assert all(isinstance(tag, str) for tag in tags)
     assert tags in ([], ["a"]), "letters of a word are no tags"
 
 
-@pytest.mark.parametrize("value", ["None", "[]", "()", "['a', 'a']", "('a',)", "{'a'}"])
-def test_tags_may_come_in_any_collection_or_not_at_all(house: MakeHouse, foreign: Foreign, value: str) -> None:
+@pytest.mark.parametrize("value", ["None", "[]", "()", "['a', 'a']", "('a',)"])
+def test_tags_may_come_in_a_list_or_a_tuple_or_not_at_all(house: MakeHouse, foreign: Foreign, value: str) -> None:
     here = house(plugin("stranger", foreign(classifier(f"return {value}")), "classifiers"))
     assert here.chat().status == 200
     assert here.record["tags"] == (["a"] if "a" in value else [])
@@ -481,7 +492,7 @@ def test_after_the_answer_a_failure_is_a_warning(
     assert here.record["outcome"] == "ok"
     assert "stranger" in caplog.text
     assert "SECRET-PROMPT" not in caplog.text
-    until(lambda: not any(thread.name == "plugin" for thread in threading.enumerate()), 10, "its thread ends")
+    no_thread_stays()
 
 
 @pytest.mark.parametrize("how", ["raises", "leaves the program", "hangs"])
@@ -806,7 +817,7 @@ def test_even_if_json_was_asked_for_there_must_be_some(name: str) -> None:
     assert heal(UNTOUCHED[name], {"type": "json_schema", "name": "n", "schema": {}, "strict": True}) == UNTOUCHED[name]
 
 
-STEADY = settings(derandomize=True, deadline=None, database=None, max_examples=200, suppress_health_check=list(HealthCheck))
+STEADY = settings(derandomize=True, deadline=None, database=None, max_examples=200, report_multiple_bugs=False, suppress_health_check=list(HealthCheck))
 scalars = st.none() | st.booleans() | st.integers(-1000, 1000) | st.floats(-1e6, 1e6) | st.text(max_size=8)
 values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3))
 objects = st.dictionaries(st.text(max_size=4), values, min_size=1, max_size=3) | st.lists(values, min_size=1, max_size=3)

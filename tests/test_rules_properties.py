@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from conftest import App
-from deciding import CHAT, Clock, Fakes, House, config, fake_providers, provider, rule
+from deciding import CHAT, Clock, Fakes, House, config, fake_providers, provider, rule, set_clock
 from fake_upstream import (
     Received,
     Script,
@@ -299,11 +299,8 @@ class Playground:
 
 @pytest.fixture(scope="module")
 def playground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Playground]:
-    import pipeline
-
     with fake_providers() as fakes, pytest.MonkeyPatch.context() as patch:
-        clock = Clock()
-        patch.setattr(pipeline, "time", clock)
+        clock = set_clock(patch)
         ground = Playground(fakes, clock, tmp_path_factory.mktemp("playground"))
         for name in "abc":
             fakes[name].default = _behaves(ground, name)
