@@ -369,7 +369,9 @@ class Run:
     def _look_at_answer(self) -> None:
         """The parts that see a whole answer before the client does; what fails here is warned of, the answer stands."""
         for part in self._parts:
+            before = _said(self.answer) if part.foreign else None
             given = self._call_after(part, "post_response")
+            self.answer.changed = self.answer.changed or (part.foreign and _said(self.answer) != before)
             if plugins.is_answer(given):
                 self.answer, self.answer.changed = given, True
             elif given is plugins.STOP:
@@ -690,6 +692,11 @@ class Run:
 _TOLD_APART = frozenset(("messages", "system", "input", "instructions", "tools")) | providers.ROUTER_FIELDS
 _TOKENS = (Text, Reasoning, ToolCall)
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+
+
+def _said(answer: Answer) -> str:
+    """What a plugin may change of an answer and the client would have to hear of."""
+    return repr((answer.choices, answer.thinking, answer.tool_calls, answer.finish, answer.usage, answer.id, answer.model))
 
 
 def _nothing(*_: Any) -> bytes:

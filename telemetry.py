@@ -9,12 +9,13 @@ thread. A request pays for two queue entries; building, counting, encoding and s
 for each signal, behind queues that are bounded in items and bytes: a collector that hangs costs telemetry, counted, and
 nothing else.
 
-OpenTelemetry's own classes make the spans, count the metrics and encode all three. Only the exchange with the collector is
-ours (`Post`): the exporter believes redirects, login pages and partial successes, reads answers without end, and lets
-~/.netrc and OTEL_* variables steer it.
+OpenTelemetry's SDK counts the metrics and its OTLP exporters carry all three signals. Two of their parts are replaced. The
+exchange with the collector (`Post`), because they believe redirects, login pages and partial successes, read answers without
+end, and let ~/.netrc and OTEL_* variables steer them. And the encoding of spans (`encode`), because theirs costs more than
+all the rest of telemetry together; a test holds ours to theirs, byte for byte.
 
 Part 1 holds the scrubber of the program (every sink stands above this room), 2 the settings, 3 trace context, 4 the tree of
-a request, 5 the delivery, 6 OpenTelemetry.
+a request, 5 its protobuf, 6 the delivery, 7 OpenTelemetry.
 """
 
 from __future__ import annotations
@@ -630,8 +631,9 @@ def _dump(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-# The tree in protobuf (opentelemetry/proto/trace/v1/trace.proto). The official encoder makes two Python objects of each
-# attribute, an eighth of the router's whole work for a request; most attributes are the same every time.
+# 5. The tree in protobuf ----------------------------------------------------------------------------------------------
+# After opentelemetry/proto/trace/v1/trace.proto. The official encoder makes two objects of each attribute, 130 us for a
+# request's spans against 21 us here, where an attribute that was seen before is not encoded again.
 def encode(trace: Trace, tree: Sequence[Span]) -> bytes:
     """The spans of one trace as they stand in a ScopeSpans message: field 2, one after the other."""
     trace_id = b"\x0a\x10" + bytes.fromhex(trace.trace_id) + b"\x12\x08"
@@ -703,7 +705,7 @@ def _varint(number: int) -> bytes:
 _SIZES = [_varint(n) for n in range(1024)]
 
 
-# 5. Delivery ----------------------------------------------------------------------------------------------------------
+# 6. Delivery ----------------------------------------------------------------------------------------------------------
 ANSWER_BYTES = 64 * 1024
 """The most that is read of a collector's answer (the Collector's own exporter has the same limit)."""
 CONNECT_SECONDS = 5.0
@@ -1120,7 +1122,7 @@ class Lane:
             self._in_hand -= count
 
 
-# 6. OpenTelemetry -----------------------------------------------------------------------------------------------------
+# 7. OpenTelemetry -----------------------------------------------------------------------------------------------------
 METRIC_SECONDS = 15.0
 """Between two exports of the metrics, unless OTEL_METRIC_EXPORT_INTERVAL (milliseconds) says otherwise."""
 MODELS = 256
@@ -1342,15 +1344,9 @@ def _resource(settings: Settings, version: str) -> Any:
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.version import __version__ as sdk_version
 
-    class OurResource(Resource):
-        """There is one, so being it is being equal; the SDK's own comparison makes JSON of it for every span."""
-
-        __hash__ = object.__hash__
-        __eq__ = object.__eq__
-
     told = {_text(k, 256): _text(v) for k, v in settings.resource.items()}
     named = told.get("service.name") if settings.service_name == Settings.service_name else None
-    return OurResource({
+    return Resource({
         "telemetry.sdk.language": "python", "telemetry.sdk.name": "opentelemetry", "telemetry.sdk.version": sdk_version,
         "service.version": version, "service.instance.id": os.urandom(16).hex(), "host.name": socket.gethostname(),
         "process.pid": os.getpid(), **told, "service.name": named or _text(settings.service_name, 256),

@@ -113,6 +113,7 @@ function facts(record) {
 
 function cost(told) {
   if (!told) return null;
+  if (!told.total) return money(0);
   const price = (unit) => (unit === null ? "" : ` at ${money(unit * 1e6)}/M`);
   return [money(told.total), el("p.note", {}, `${money(told.input)} in${price(told.input_unit_price)}, ${money(told.output)} out${price(told.output_unit_price)}`)];
 }

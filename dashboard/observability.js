@@ -132,8 +132,9 @@ class Card {
     this.enabled = el("input", { type: "checkbox", role: "switch", disabled: readOnly, onchange: () => this.turn() });
     this.enabled.checked = enabled;
     this.node = el("article.destination", { "aria-label": name },
-      el("div.title-row", {}, el("h3", {}, name), el("span.note", {}, typeOf(type).title), this.state,
-        readOnly ? el("span.note.only", {}, "from config.toml, read-only") : null,
+      el("div.title-row", {},
+        el("div.about", {}, el("h3", {}, name), el("span.note", {}, typeOf(type).title), this.state,
+          readOnly ? el("span.note", {}, "from config.toml, read-only") : null),
         el("label.switch", {}, el("span.sr", {}, `${name} is enabled`), this.enabled)),
       el("p.note", {}, this.describe()),
       this.numbers, this.trouble,
@@ -174,12 +175,14 @@ class Card {
     const reasons = (counts) => Object.entries(counts).map(([reason, n]) => `${count(n)} ${reason.replaceAll("_", " ")}`).join(", ");
     const total = (counts) => Object.values(counts).reduce((sum, n) => sum + n, 0);
     const rows = [
-      ["Accepted", count(accepted), total(skipped) ? `passed over: ${reasons(skipped)}` : ""], ["Delivered", count(delivered), ""],
+      ["Accepted", count(accepted), total(skipped) ? `not meant for it: ${reasons(skipped)}` : ""], ["Delivered", count(delivered), ""],
       ["Queued", count(queued), ""], ["Dropped", count(total(dropped)), reasons(dropped)], ["Last success", success ? ago(success) : "never", ""],
     ];
-    const text1 = JSON.stringify(rows);
-    if (this.counted !== text1) replace(this.numbers, rows.map(([name, value, note]) => el("div", {}, el("dt", {}, name), el("dd", {}, value, note ? el("p.note", {}, note) : null))));
-    this.counted = text1;
+    const counted = JSON.stringify(rows);
+    if (this.counted !== counted) {
+      replace(this.numbers, rows.map(([name, value, note]) => el("div", {}, el("dt", {}, name), el("dd", {}, value, note ? el("p.note", {}, note) : null))));
+    }
+    this.counted = counted;
     this.trouble.hidden = !failing;
     setText(this.trouble, failing ? `Last error${at ? `, ${ago(at)}` : ""}: ${error}` : "");
   }

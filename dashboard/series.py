@@ -24,6 +24,7 @@ PERCENTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 BINS = 60
 PER_OCTAVE, LEAST = 3, 0.5  # the first bin begins at 0.5 ms, the last ends at 524 s
 FULLEST = 65_535
+SHORTEST = 1.0  # seconds a bucket must have lasted before a rate is made of it
 FAILED = frozenset(("error", "timeout", "rejected"))
 
 
@@ -182,10 +183,12 @@ class Series:
     def _course(self, window: Window, group: Group, now: float) -> dict[str, Any]:
         """Each number bucket by bucket; the newest bucket counts as far as it has come."""
         slots = window.slots()
-        lengths = [float(window.step)] * (window.buckets - 1) + [max(now - window.now * window.step, window.step / 5)]
+        first, oldest = int(self._started // window.step), window.now - window.buckets + 1
+        lengths = [float(window.step) if oldest + i >= first else 0.0 for i in range(window.buckets - 1)]
+        lengths.append(now - window.now * window.step)
         sums = {name: [group.sum(slot, name) for slot in slots] for name in SUMS}
         rates = {
-            f"{name}_per_s": [float(f"{n / s:.4g}") for n, s in zip(sums[name], lengths, strict=True)]
+            f"{name}_per_s": [_rate(n, seconds) for n, seconds in zip(sums[name], lengths, strict=True)]
             for name in ("requests", "failed", "input_tokens", "output_tokens")
         }
         shares = [round(f / n, 4) if n else None for f, n in zip(sums["failed"], sums["requests"], strict=True)]
@@ -214,6 +217,11 @@ def _together(group: Group, slots: Iterable[int], name: str) -> list[float]:
             weight = group.sum(slot, "requests") / counted
             whole = [have + n * weight for have, n in zip(whole, bins, strict=True)]
     return whole
+
+
+def _rate(amount: float, seconds: float) -> float | None:
+    """None of a bucket that has only begun, or ended before this process did begin."""
+    return float(f"{amount / seconds:.4g}") if seconds >= SHORTEST else None
 
 
 def _number(value: Any) -> float:

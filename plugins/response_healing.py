@@ -28,7 +28,6 @@ class ResponseHealing:
         healed = heal(text)
         if healed is not None and healed != text:
             answer.text = healed
-            answer.changed = True
 
 
 plugin = ResponseHealing

@@ -403,7 +403,7 @@ class Answer:
 
     @text.setter
     def text(self, value: str) -> None:
-        self.choices[0] = [value]
+        self.choices[0], self.changed = [value], True
 
     @property
     def reasoning(self) -> str:

@@ -39,7 +39,7 @@ def finished(**changes: Any) -> dict[str, Any]:
 
 def test_nothing_is_told_as_nothing(numbers):
     told = numbers.told("5m")
-    assert told["requests_per_s"] == [0.0] * 60
+    assert told["requests_per_s"] == [None] * 60
     assert told["error_rate"] == [None] * 60
     assert told["latency_ms"]["p50"] == [None] * 60
     assert told["summary"]["requests"] == 0 and told["summary"]["error_rate"] is None
@@ -72,6 +72,13 @@ def test_a_request_is_in_the_bucket_of_its_moment_and_leaves_the_window_with_it(
     clock.now += 299
     assert numbers.told("5m")["summary"]["requests"] == 0
     assert numbers.told("1h")["summary"]["requests"] == 1
+
+
+def test_no_rate_is_made_of_a_time_before_the_start_nor_of_a_bucket_that_has_only_begun(numbers, clock):
+    clock.now = NOON + 13
+    assert numbers.told("5m")["requests_per_s"] == [None] * 57 + [0.0] * 3
+    clock.now = NOON + 15.5
+    assert numbers.told("5m")["requests_per_s"] == [None] * 56 + [0.0] * 3 + [None]
 
 
 def test_a_day_of_silence_empties_every_bucket(numbers, clock):
