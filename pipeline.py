@@ -35,7 +35,9 @@ from providers import (
     ClientGone,
     Done,
     Event,
+    Finish,
     Malformed,
+    Message,
     NoProvider,
     Provider,
     Reasoning,
@@ -44,11 +46,12 @@ from providers import (
     RequestError,
     Stamp,
     Text,
+    Tool,
     ToolCall,
     UpstreamError,
     Usage,
     Used,
-)  # fmt: skip
+)
 from rules import RULES, Candidate, Lane, Question, Rule, Verdict, offer, rule_label
 
 log = logging.getLogger("opensourcellmrouter.pipeline")
@@ -277,6 +280,7 @@ class Run:
         self.pipeline, self.request, self.arrival = pipeline, request, arrival
         self.plan = pipeline.plan
         self.accepted = arrival.accepted
+        self.requested_model = request.model  # a plugin may change the request's
         self.ts_ns = time.time_ns()
         self.ts_ms = self.ts_ns // 1_000_000
         self.generation_id = f"gen-{self.ts_ms // 1000}-{''.join(random.choices(_ALPHABET, k=20))}"
@@ -369,18 +373,25 @@ class Run:
     def _look_at_answer(self) -> None:
         """The parts that see a whole answer before the client does; what fails here is warned of, the answer stands."""
         for part in self._parts:
-            before = _said(self.answer) if part.foreign else None
+            kept = copy.deepcopy(self.answer) if part.foreign else self.answer
             given = self._call_after(part, "post_response")
-            self.answer.changed = self.answer.changed or (part.foreign and _said(self.answer) != before)
-            if plugins.is_answer(given):
+            if plugins.is_answer(given) and _is_sound_answer(given):
                 self.answer, self.answer.changed = given, True
+            elif not _is_sound_answer(self.answer) or plugins.is_answer(given):
+                log.warning("%s left an answer that cannot be used; it goes out as it was", part.id)
+                self.answer = kept
             elif given is plugins.STOP:
                 break
+            else:
+                _warn_of(part, "post_response", given)
+            self.answer.changed = self.answer.changed or (part.foreign and _said(self.answer) != _said(kept))
         self._classify_answer()
 
     def _classify_answer(self) -> None:
         for part in self.plan.response_classifiers:
-            self.answer.tags += [t for t in self._call_after(part, "classify_response") or () if t not in self.answer.tags]
+            if part.has("classify_response"):
+                found = _tags(part, "classify_response", self.request, self.answer)
+                self.answer.tags += [t for t in found if t not in self.answer.tags]
 
     def _call_after(self, part: Part, hook: str) -> Any:
         if not part.has(hook):
@@ -587,9 +598,11 @@ class Run:
             self.attempt.settle(self._error, healthy=None)
         if self.request.stream and self._outcome == "ok":
             self._classify_answer()
+        self.pipeline.out()
+        record = self._record()
         for part in self._parts:
             self._call_after(part, "on_end")
-        self.pipeline.leave(self._record)
+        self.pipeline.leave(record)
         telemetry.leave()
         self._let_go()
 
@@ -624,7 +637,7 @@ class Run:
             "trace_id": self.trace and self.trace.trace_id, "_trace": self.trace,
             "outcome": self._outcome, "status": self._status,
             "error": str(error) if error else None, "error_type": error.code if error else None,
-            "provider": last.get("provider"), "requested_model": self.request.model, "sent_model": last.get("model"),
+            "provider": last.get("provider"), "requested_model": self.requested_model, "sent_model": last.get("model"),
             "stream": self.request.stream, "duration_ms": duration,
             "ttft_ms": None if first_token is None else _ms(first_token - self.accepted),
             "opened_ms": None if self._opened is None else _ms(self._opened - self.accepted),
@@ -729,14 +742,19 @@ def decide(plan: Plan, request: Request, parts: Sequence[Part]) -> tuple[list[st
     as one, or a 500 that names the part that failed.
     """
     tags: list[str] = []
-    watched = any(p.foreign for p in parts)
-    before = _fingerprint(request) if watched else None
-    given, forced_by = _ask_plugins(parts, "on_start", request)
-    for part in plan.classifiers if given is None else ():
-        tags += [t for t in _classified(part, request) if t not in tags]
-    if given is None:
-        given, forced_by = _ask_plugins(parts, "pre_request", request)
-    request.changed = watched and _fingerprint(request) != before
+    before = copy.deepcopy(_changeable(request)) if any(p.foreign for p in parts) else None
+    try:
+        given, forced_by = _ask_plugins(parts, "on_start", request)
+        for part in plan.classifiers if given is None else ():
+            tags += [t for t in _tags(part, "classify", request) if t not in tags]
+        if given is None:
+            given, later = _ask_plugins(parts, "pre_request", request)
+            forced_by = forced_by or later
+    except plugins.PluginError:
+        for name, value in (before or {}).items():
+            setattr(request, name, value)  # the record tells what was asked, whatever a plugin made of it
+        raise
+    request.changed = before is not None and _changeable(request) != before
     return tags, forced_by, given
 
 
@@ -750,9 +768,18 @@ def _ask_plugins(parts: Sequence[Part], hook: str, request: Request) -> tuple[An
             raise plugins.Stopped(f"the plugin {part.id} stopped this request", code="stopped_by_plugin")
         if plugins.is_answer(given):
             return given, None
+        _warn_of(part, hook, given)
+        if part.foreign and not _is_sound(request):
+            log.error("%s left a request that cannot be used after %s", part.id, hook)
+            raise plugins.PluginError(f"the plugin {part.id} failed", code="plugin_error")
         if request.forced and forced_by is None:
             forced_by = part.id
     return None, forced_by
+
+
+def _warn_of(part: Part, hook: str, given: Any) -> None:
+    if given is not None:
+        log.warning("%s: %s returned a %s; None, an Answer or STOP was expected", part.id, hook, type(given).__name__)
 
 
 def _call(part: Part, hook: str, request: Request) -> Any:
@@ -765,21 +792,52 @@ def _call(part: Part, hook: str, request: Request) -> Any:
         raise plugins.PluginError(f"the plugin {part.id} failed", code="plugin_error") from None
 
 
-def _classified(part: Part, request: Request) -> list[str]:
+def _is_sound(request: Request) -> bool:
+    """Is a request still what its type says, after foreign hands were on it?"""
+    lists = (request.messages, request.system, request.tools, request.forced, request.inputs, request.stop)
+    if not isinstance(request.model, str) or not isinstance(request.router, dict) or not all(isinstance(x, list) for x in lists):
+        return False
+    messages = all(isinstance(m, Message) and isinstance(m.content, list) for m in request.messages)
+    blocks = [*request.system, *(b for m in request.messages for b in m.content)] if messages else [None]
+    return (
+        all(isinstance(b, dict) and isinstance(b.get("type"), str) for b in blocks)
+        and all(isinstance(t, Tool) for t in request.tools)
+        and all(isinstance(f, (tuple, list)) and len(f) == 2 and isinstance(f[0], str) for f in request.forced)
+    )
+
+
+def _is_sound_answer(answer: Answer) -> bool:
+    texts = isinstance(answer.choices, dict) and all(isinstance(t, list) for t in answer.choices.values())
+    return (
+        texts
+        and all(isinstance(piece, str) for t in answer.choices.values() for piece in t)
+        and isinstance(answer.tool_calls, dict)
+        and all(isinstance(c, ToolCall) for c in answer.tool_calls.values())
+        and isinstance(answer.thinking, list)
+        and isinstance(answer.finish, (Finish, type(None)))
+        and isinstance(answer.usage, (Usage, type(None)))
+        and isinstance(answer.tags, list)
+        and all(isinstance(t, str) for t in answer.tags)
+    )
+
+
+def _tags(part: Part, hook: str, *args: Any) -> list[str]:
     """A classifier's tags. One that fails costs its tags and a warning, never the request."""
     try:
-        found = part.call("classify", request) or ()
+        found = part.call(hook, *args)
     except Exception as e:  # noqa: BLE001 - a part may raise anything; its text may hold what a client said
         log.warning("the classifier %s failed: %s", part.id, type(e).__name__)
         return []
-    return [tag for tag in found if isinstance(tag, str)] if isinstance(found, (list, tuple)) else []
+    told = found if isinstance(found, (list, tuple)) else ()
+    return list(dict.fromkeys(tag for tag in told if isinstance(tag, str)))
 
 
-def _fingerprint(request: Request) -> Any:
+def _changeable(request: Request) -> dict[str, Any]:
     """What a plugin may change of a request and a provider would have to hear of."""
     names = ("system", "messages", "tools", "tool_choice", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "n",
-             "presence_penalty", "frequency_penalty", "response_format", "reasoning", "user", "metadata", "extra")  # fmt: skip
-    return copy.deepcopy([getattr(request, name) for name in names])
+             "presence_penalty", "frequency_penalty", "response_format", "reasoning", "user", "metadata", "extra", "inputs",
+             "router")  # fmt: skip
+    return {name: getattr(request, name) for name in names}
 
 
 def explain(plan: Plan, request: Request) -> dict[str, Any]:
@@ -858,6 +916,8 @@ class Plan:
                 continue
             settings = {**self.plugin_settings.get(id, {}), **{k: v for k, v in entry.items() if k not in _NOT_BY_REQUEST}}
             try:
+                if "timeout" in entry:
+                    raise ValueError("timeout: is for the configuration to set")
                 parts[id] = plugins.make("plugin", id, settings)
             except ValueError as e:
                 raise BadRequest(f"plugins: {id}: {e}"[:500], param="plugins", code="invalid_plugin") from None
@@ -927,11 +987,13 @@ class Pipeline:
             self.in_flight += 1
             return self.counts["accepted"], self.in_flight
 
-    def leave(self, make: Callable[[], dict[str, Any]]) -> None:
-        """Count a request out, make its record and give it to every sink."""
+    def out(self) -> None:
+        """A request is running no longer."""
         with self._lock:
             self.in_flight -= 1
-        record = make()
+
+    def leave(self, record: dict[str, Any]) -> None:
+        """Count how a request ended and give its record to every sink."""
         cost = record["cost"]["total"] if record["cost"] else 0.0
         with self._lock:
             self.counts[record["outcome"]] += 1

@@ -9,26 +9,22 @@ reads too slowly loses the oldest events and is told how many.
 from __future__ import annotations
 
 import json
-import math
 import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
-CONTENT = ("system", "messages", "tools", "request", "response")
-"""The keys of a record that hold what was said; they go last into its JSON, so that they can be cut off."""
-LONGEST_TEXT = 32_768
-CONTENT_CHARACTERS, HEAD_CHARACTERS = 524_288, 32_768
-NODES = 20_000
-DEEPEST = 110
+from .shown import dumps, event_line, mentions, record_line, summary, without_content
+
 EVENTS_OF_A_REQUEST = 16
+OVERHEAD = 1_500  # what holding a request costs beyond its JSON, its line in the list included
+WORTH_SLIMMING = 2_048
 HEARTBEAT = 15.0
 LOOK = 0.5  # how long a watcher may not notice that its client left
 GATHER = 0.04  # events of so many seconds go out together: fewer wake-ups, and no eye sees the difference
 QUEUE_ITEMS, QUEUE_BYTES = 1_000, 4 * 2**20
 PIECE = 256 * 1024
-PREVIEW = 160
 
 
 class Full(Exception):
@@ -36,35 +32,26 @@ class Full(Exception):
 
 
 class Held:
-    """One request, as far as it has come."""
+    """One request, as far as it has come. What can be told from its JSON is only worked out when somebody asks."""
 
-    __slots__ = ("_bare", "_head", "events", "json", "private", "state", "summary")
+    __slots__ = ("_head", "_summary", "events", "id", "json", "private")
 
     def __init__(self, id: int) -> None:
-        self.state: dict[str, Any] = {"id": id, "stage": "start"}
+        self.id = id
         self.events: list[tuple[int, bytes]] = []
+        self.json = self._summary = b""
         self.private: dict[str, Any] = {}
-        self.json = self.summary = self._bare = b""
         self._head = 0
 
-    def advance(self, event: Mapping[str, Any], number: int, line: bytes) -> None:
+    def advance(self, number: int, line: bytes) -> None:
         """An event before the last one."""
-        names = {"model": "requested_model"} if event["type"] == "start" else {"model": "sent_model"}
-        told = {names.get(key, key): value for key, value in event.items() if key != "type"}
-        self.state.update(told, ts_ms=self.state.get("ts_ms", event.get("ts_ms")), stage=event["type"])
         if len(self.events) < EVENTS_OF_A_REQUEST:
             self.events.append((number, line))
 
-    def finish(self, number: int, lines: Lines) -> None:
-        """The last event, which tells all that the earlier ones did."""
-        self.json, self._head, self._bare = lines.full, lines.head, lines.bare
-        self.events, self.summary, self.private = [(number, self.json)], lines.summary, lines.private
-        self.state = {"id": self.state["id"], "stage": "complete"}
-
-    def slim(self) -> None:
-        """Let go of what was said."""
-        self.json, self._bare = self.json[: self._head] + self._bare, b""
-        self.events = [(number, self.json) for number, _ in self.events]
+    def finish(self, number: int, head: bytes, line: bytes, trace: Any) -> None:
+        """The last event, which tells all that the earlier ones did. What was said begins after `head`."""
+        self.json, self._head, self.events = line, len(head), [(number, line)]
+        self.private = {"_trace": trace} if trace is not None else {}
 
     @property
     def complete(self) -> bool:
@@ -72,133 +59,40 @@ class Held:
 
     @property
     def size(self) -> int:
-        return len(self.json) + len(self._bare) + len(self.summary) + 1_000
+        return len(self.json) + OVERHEAD
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """How far it has come, as a card shows it."""
+        state: dict[str, Any] = {"id": self.id, "stage": "complete"}
+        for _, line in () if self.complete else self.events:
+            told = json.loads(line)
+            if "model" in told:
+                told["requested_model" if told["type"] == "start" else "sent_model"] = told.pop("model")
+            state |= told | {"stage": told.pop("type"), "ts_ms": state.get("ts_ms", told["ts_ms"])}
+        return state
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Its line in the list."""
+        if not self.complete:
+            return self.state
+        if not self._summary:
+            self._summary = dumps(summary(json.loads(self.json)))
+        told: dict[str, Any] = json.loads(self._summary)
+        return told
 
     def record(self) -> dict[str, Any] | None:
         """The record, once there is one."""
         return json.loads(self.json) if self.json else None
 
-
-class Lines:
-    """A record as JSON: all of it, and what replaces everything after `head` once the content is let go."""
-
-    def __init__(self, record: Mapping[str, Any]) -> None:
-        cut = Cut(HEAD_CHARACTERS)
-        told = {key: cut(value) for key, value in record.items() if key not in CONTENT and key[0] != "_"}
-        head = _dumps(told)[:-1] + b","
-        self.head = len(head)
-        self.full = head + _dumps(_content(record))[1:]
-        self.bare = _dumps(_without_content(record))[1:]
-        self.summary = _dumps(_summary(record))
-        self.private = {"_trace": record["_trace"]} if record.get("_trace") else {}
-
-
-def _content(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What was said, the end of it first should it be too much to keep."""
-    cut = Cut(CONTENT_CHARACTERS)
-    response, request = cut(record.get("response")), cut(record.get("request"))
-    messages = [cut(message) for message in reversed(record.get("messages") or [])][::-1]
-    return {
-        "system": cut(record.get("system")), "messages": messages, "tools": cut(record.get("tools")),
-        "request": request, "response": response,
-    }  # fmt: skip
-
-
-def _without_content(record: Mapping[str, Any]) -> dict[str, Any]:
-    cut = Cut(2_048)
-    request = {k: v for k, v in (record.get("request") or {}).items() if isinstance(v, bool | int | float) or v is None}
-    response = record.get("response")
-    if response:
-        said = ("content", "reasoning", "tool_calls")
-        response = {**{k: cut(v) for k, v in response.items() if k not in said}, "content": "", "reasoning": None}
-        response["tool_calls"] = []
-    return {"system": None, "messages": [], "tools": [], "request": cut(request), "response": response, "content_held": False}
-
-
-class Cut:
-    """Makes a copy of a JSON-like value that is fit to be shown: long texts cut, numbers that JSON or a browser cannot
-    hold as text, lone surrogates repaired, and in all no more than so many characters."""
-
-    def __init__(self, characters: int) -> None:
-        self._left, self._nodes = characters, NODES
-
-    def __call__(self, value: Any, depth: int = 0) -> Any:
-        kind = type(value)
-        if kind is str:
-            return self._text(value)
-        if value is None or kind is bool:
-            return value
-        if kind is int:
-            return value if -(2**63) < value < 2**63 else _digits(value)
-        if kind is float:
-            return value if math.isfinite(value) else None
-        self._nodes -= 1
-        if depth > DEEPEST or self._nodes < 0:
-            return "…"
-        if isinstance(value, Mapping):
-            return {self._text(str(key)): self(item, depth + 1) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [self(item, depth + 1) for item in value]
-        return self._text(str(value))
-
-    def _text(self, text: str) -> str:
-        most = max(0, min(LONGEST_TEXT, self._left))
-        if len(text) > most:
-            text = f"{text[:most]}… ({len(text) - most} more characters)"
-        self._left -= len(text)
-        if text.isascii():
-            return text
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-
-def _digits(number: int) -> str:
-    """A whole number as text; of one with thousands of digits only its size, as Python would not print it."""
-    return str(number) if number.bit_length() < 8_192 else f"about 10^{number.bit_length() * 0.30103:.0f}"
-
-
-def _dumps(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":"), allow_nan=False, check_circular=False).encode("ascii")
-
-
-_SUMMED = (
-    "id", "ts_ms", "generation_id", "outcome", "status", "error_type", "provider", "requested_model", "sent_model", "stream",
-    "duration_ms", "ttft_ms", "tags", "rule", "client_format", "operation", "api_key_name", "user", "session_id", "usage_source",
-)  # fmt: skip
-
-
-def _summary(record: Mapping[str, Any]) -> dict[str, Any]:
-    """One line about a finished request, for lists."""
-    response, cost, cut = record.get("response") or {}, record.get("cost") or {}, Cut(4_096)
-    usage = response.get("usage") or {}
-    told = {key: cut(_short(record.get(key))) for key in _SUMMED}
-    told |= {"input_tokens": cut(usage.get("input_tokens")), "output_tokens": cut(usage.get("output_tokens"))}
-    told |= {"cost": cut(cost.get("total")), "attempts": len(record.get("attempts") or ())}
-    return told | {"prompt": cut(_prompt(record)), "answer": cut(_short(response.get("content") or ""))}
-
-
-def _short(value: Any) -> Any:
-    return value[:PREVIEW] if isinstance(value, str | list) else value
-
-
-def _prompt(record: Mapping[str, Any]) -> str:
-    """The beginning of what the user said last."""
-    for message in reversed(record.get("messages") or []):
-        blocks = message.get("content") if message.get("role") == "user" else None
-        for block in blocks if isinstance(blocks, list) else []:
-            if isinstance(block, Mapping) and isinstance(block.get("text"), str):
-                return str(block["text"][:PREVIEW])
-    return ""
-
-
-def _mentions(value: Any, wanted: str) -> bool:
-    """Does any text in there hold this one, whatever its case?"""
-    if isinstance(value, str):
-        return wanted in value.lower()
-    if isinstance(value, Mapping):
-        return any(_mentions(item, wanted) for item in value.values())
-    if isinstance(value, list):
-        return any(_mentions(item, wanted) for item in value)
-    return False
+    def slim(self) -> None:
+        """Let go of what was said, if that is worth it."""
+        if len(self.json) - self._head > WORTH_SLIMMING:
+            told = json.loads(self.json)
+            self._summary = self._summary or dumps(summary(told))
+            self.json = self.json[: self._head] + dumps(without_content(told))[1:]
+            self.events = [(number, self.json) for number, _ in self.events]
 
 
 class Feed:
@@ -222,18 +116,18 @@ class Feed:
         if self._closed:
             return
         if event["type"] == "complete":
-            lines = Lines(event)
+            head, line = record_line(event)
             with self._lock:
                 held = self._entry(event["id"])
-                held.finish(self._send(lines.full), lines)
+                self._bytes -= held.size if held.complete else 0
+                held.finish(self._send(line), head, line, event.get("_trace"))
                 self._fat.append(held)
                 self._bytes += held.size
                 self._trim()
         else:
-            told = Cut(HEAD_CHARACTERS)({key: value for key, value in event.items() if key[0] != "_"})
-            line = _dumps(told)
+            line = event_line(event)
             with self._lock:
-                self._entry(event["id"]).advance(told, self._send(line), line)
+                self._entry(event["id"]).advance(self._send(line), line)
                 self._trim()
 
     def _entry(self, id: int) -> Held:
@@ -272,11 +166,11 @@ class Feed:
             self._fat.popleft()
 
     def _is_held(self, held: Held) -> bool:
-        return self._held.get(held.state["id"]) is held
+        return self._held.get(held.id) is held
 
     def _drop_oldest(self) -> None:
         oldest = next((held for held in self._held.values() if held.complete), None) or next(iter(self._held.values()))
-        del self._held[oldest.state["id"]]
+        del self._held[oldest.id]
         self._bytes -= oldest.size if oldest.complete else 0
 
     # what is held
@@ -288,9 +182,9 @@ class Feed:
     def listed(self, text: str = "") -> dict[str, Any]:
         """What is held, newest first, and the id of the last event it tells of; with `text`, those that mention it."""
         with self._lock:
-            kept, last = [(h.state, h.summary, h.json) for h in reversed(self._held.values())], self._id(self._number)
+            kept, last = list(reversed(self._held.values())), self._id(self._number)
         wanted = text.lower()
-        told = [_line(state, summary) for state, summary, full in kept if not wanted or _is_about(wanted, state, full)]
+        told = [held.summary for held in kept if not wanted or _is_about(wanted, held)]
         return {"last_event_id": last, "limit": self._most, "requests": told}
 
     # watchers
@@ -331,17 +225,13 @@ class Feed:
         return {"watchers": len(self._watchers), "skipped": self._skipped}
 
 
-def _line(state: dict[str, Any], summary: bytes) -> dict[str, Any]:
-    return {**json.loads(summary), "stage": "complete"} if summary else dict(state)
-
-
-def _is_about(wanted: str, state: dict[str, Any], full: bytes) -> bool:
+def _is_about(wanted: str, held: Held) -> bool:
     """Does a request mention this? Its JSON is only read where its bytes do not already say no."""
-    if not full:
-        return _mentions(list(state.values()), wanted)
-    if wanted.isascii() and _dumps(wanted)[1:-1].lower() not in full.lower():
+    if not held.complete:
+        return mentions(list(held.state.values()), wanted)
+    if wanted.isascii() and dumps(wanted)[1:-1].lower() not in held.json.lower():
         return False
-    return _mentions(json.loads(full), wanted)
+    return mentions(json.loads(held.json), wanted)
 
 
 class Watcher:

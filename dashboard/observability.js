@@ -6,6 +6,7 @@ import { ago, confirmed, copyButton, count, el, percent, replace, setText } from
 import { api } from "./net.js";
 
 const PACE = 3000;
+const LEFT_OUT = { sampling: "left out by sampling", filter: "left out by the filter", api_key: "made with other keys" };
 
 export function startObservability(node) {
   const page = new Page(node);
@@ -172,10 +173,10 @@ class Card {
       : failing ? ["failing", "failing"] : delivered ? ["delivering", "delivering"] : ["ready", "waiting for requests"];
     this.state.className = `state is-${word}`;
     setText(this.state, text);
-    const reasons = (counts) => Object.entries(counts).map(([reason, n]) => `${count(n)} ${reason.replaceAll("_", " ")}`).join(", ");
+    const reasons = (counts) => Object.entries(counts).map(([why, n]) => `${count(n)} ${LEFT_OUT[why] ?? why.replaceAll("_", " ")}`).join(", ");
     const total = (counts) => Object.values(counts).reduce((sum, n) => sum + n, 0);
     const rows = [
-      ["Accepted", count(accepted), total(skipped) ? `not meant for it: ${reasons(skipped)}` : ""], ["Delivered", count(delivered), ""],
+      ["Accepted", count(accepted), reasons(skipped)], ["Delivered", count(delivered), ""],
       ["Queued", count(queued), ""], ["Dropped", count(total(dropped)), reasons(dropped)], ["Last success", success ? ago(success) : "never", ""],
     ];
     const counted = JSON.stringify(rows);

@@ -41,13 +41,13 @@ class Group:
         self.sums[slot * len(SUMS) : (slot + 1) * len(SUMS)] = array("d", bytes(8 * len(SUMS)))
         self.bins[slot * width : (slot + 1) * width] = array("H", bytes(2 * width))
 
-    def add(self, slot: int, amounts: Iterable[float], times: Iterable[float | None]) -> None:
+    def add(self, slot: int, amounts: Iterable[float], bins: Iterable[int | None]) -> None:
         """Count one request."""
-        for i, amount in enumerate(amounts):
-            self.sums[slot * len(SUMS) + i] += amount
-        for i, milliseconds in enumerate(times):
-            if milliseconds is not None:
-                self._count((slot * len(TIMES) + i) * BINS, _bin(milliseconds))
+        for i, amount in enumerate(amounts, slot * len(SUMS)):
+            self.sums[i] += amount
+        for i, bin in enumerate(bins, slot * len(TIMES)):
+            if bin is not None:
+                self._count(i * BINS, bin)
 
     def _count(self, start: int, bin: int) -> None:
         if self.bins[start + bin] == FULLEST:  # halved all together they keep their shape, which is all percentiles need
@@ -128,13 +128,14 @@ class Series:
         tokens = (_number(usage.get("input_tokens")), _number(usage.get("output_tokens")))
         cost = _number((record.get("cost") or {}).get("total"))
         amounts = (1.0, float(record["outcome"] in FAILED), *tokens, cost)
-        times = (record["duration_ms"], record["ttft_ms"]) if record["outcome"] == "ok" else (None, None)
+        ok = record["outcome"] == "ok"
+        bins = [_bin(ms) if ok and ms is not None else None for ms in (record["duration_ms"], record["ttft_ms"])]
         with self._lock:
             now = self._clock()
             slots = [(window, window.advance(now)) for window in self._windows.values()]
             for key in (("", ""), *self._keys(record)):
                 for window, slot in slots:
-                    window.groups[key].add(slot, amounts, times)
+                    window.groups[key].add(slot, amounts, bins)
 
     def _keys(self, record: Mapping[str, Any]) -> list[tuple[str, str]]:
         """The groups a request belongs to; one without a provider belongs to none."""

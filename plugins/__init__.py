@@ -55,16 +55,20 @@ class Part:
     settings: Mapping[str, Any]
     hooks: Any
     foreign: bool = False
+    timeout: float = SECONDS
 
     def has(self, hook: str) -> bool:
         return hasattr(self.hooks, hook)
 
     def call(self, hook: str, *args: Any) -> Any:
-        """Run a hook. A foreign one is given `timeout` seconds. Raises whatever it raises, or TimeoutError."""
+        """Run a hook. A foreign one is given `timeout` seconds. Raises what it raises as an Exception, or TimeoutError."""
         function = getattr(self.hooks, hook)
-        if not self.foreign:
-            return function(*args)
-        return _within(float(self.settings.get("timeout", SECONDS)), function, args)
+        try:
+            return _within(self.timeout, function, args) if self.foreign else function(*args)
+        except Exception:
+            raise
+        except BaseException as e:  # noqa: BLE001 - a part may end itself, not the program
+            raise RuntimeError(type(e).__name__) from None
 
 
 def known(maker: str) -> list[str]:
@@ -89,14 +93,38 @@ def make(maker: str, id: str, settings: Mapping[str, Any]) -> Part:
         raise ValueError("module: must be a string")
     if module_name is None and id not in known(maker):
         raise ValueError(f"unknown {maker.replace('_', ' ')}, known are {', '.join(known(maker))}; a foreign one needs module")
-    own = {k: v for k, v in settings.items() if k not in ("enabled", "module")}
+    own = {k: v for k, v in settings.items() if k not in _ROUTERS_OWN}
+    limit = settings.get("timeout", SECONDS)
+    if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 < limit <= 3600:
+        raise ValueError("timeout: must be a number of seconds, more than 0 and at most 3600")
+    hooks = _made(maker, module_name or f"{__name__}.{id.replace('-', '_')}", own, foreign=module_name is not None)
+    return Part(id, own, hooks, module_name is not None, float(limit))
+
+
+_ROUTERS_OWN = frozenset(("enabled", "module", "timeout"))
+
+
+def _made(maker: str, name: str, settings: Mapping[str, Any], *, foreign: bool) -> Any:
+    """The object with the hooks. Raises ValueError for whatever is wrong with a module that is not ours."""
     try:
-        module = importlib.import_module(module_name or f"{__name__}.{id.replace('-', '_')}")
-    except ImportError as e:
-        raise ValueError(f"module: {module_name} cannot be imported: {e}") from None
-    if not hasattr(module, maker):
-        raise ValueError(f"module: {module_name} has no function {maker}(settings)")
-    return Part(id, own, getattr(module, maker)(own), foreign=module_name is not None)
+        module = importlib.import_module(name)
+    except BaseException as e:  # noqa: BLE001 - foreign code runs here, even a SystemExit must not end the program
+        why = f": {e}" if isinstance(e, (ImportError, SyntaxError)) else ""  # others may say anything
+        raise ValueError(f"module: {name} cannot be imported: {type(e).__name__}{why}") from None
+    make_part = getattr(module, maker, None)
+    if not callable(make_part):
+        raise ValueError(f"module: {name} has no function {maker}(settings)")
+    try:
+        hooks = make_part(dict(settings))
+    except ValueError:
+        raise
+    except BaseException as e:
+        if not foreign:
+            raise
+        raise ValueError(f"module: {name} failed in {maker}(settings): {type(e).__name__}") from None
+    if hooks is None:
+        raise ValueError(f"module: {name} gave nothing for {maker}(settings)")
+    return hooks
 
 
 def _within(seconds: float, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:

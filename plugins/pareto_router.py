@@ -22,8 +22,9 @@ class ParetoRouter:
             raise ValueError("tiers: must map each tier to a list of providers")
         self._tiers = {name: [_candidate(c, f"tiers.{name}") for c in tier] for name, tier in tiers.items()}
         self._tier = settings.get("tier", settings.get("default_tier", next(iter(tiers))))
-        if settings.get("default_tier", self._tier) not in tiers and "tier" not in settings:
-            raise ValueError(f"default_tier: there is no tier {self._tier!r}")
+        default = settings.get("default_tier", next(iter(tiers)))
+        if not isinstance(default, str) or default not in tiers:
+            raise ValueError(f"default_tier: there is no tier {default!r}")
 
     @property
     def providers(self) -> list[str]:
@@ -31,7 +32,7 @@ class ParetoRouter:
         return [provider for tier in self._tiers.values() for provider, _ in tier]
 
     def pre_request(self, request: Request) -> None:
-        if self._tier not in self._tiers:
+        if not isinstance(self._tier, str) or self._tier not in self._tiers:
             known = ", ".join(self._tiers)
             raise BadRequest(f"plugins: pareto-router has no tier {str(self._tier)[:60]!r}, known are {known}", param="plugins")
         request.forced = list(self._tiers[self._tier])

@@ -23,26 +23,44 @@ class ResponseHealing:
 
     def post_response(self, request: Request, answer: Answer) -> None:
         text = answer.text
-        if request.response_format is None and not text.strip().startswith(("```", "{", "[")):
-            return
-        healed = heal(text)
+        healed = heal(text, asked=request.response_format is not None)
         if healed is not None and healed != text:
             answer.text = healed
 
 
-plugin = ResponseHealing
+def heal(text: str, asked: bool = True) -> str | None:
+    """The JSON in a text, repaired; the text itself if it is valid, None if there is nothing to repair.
 
-
-def heal(text: str) -> str | None:
-    """The JSON in a text, repaired; the text itself if it is valid, None if there is nothing to repair."""
+    Only where JSON was asked for it is looked for among other words; else the text, or its fence, must begin with it. A list
+    is taken only if nothing stands beside it: prose has its own use for square brackets.
+    """
     if _is_json(text):
         return text
-    fenced = re.search(r"```[\w-]*[ \t]*\r?\n?(.*?)(?:```|\Z)", text, re.DOTALL)
-    for candidate in ([fenced[1]] if fenced else []) + [text]:
-        start = re.search(r"[{\[]", candidate)
-        if start and (repaired := _repair(candidate[start.start() :])) is not None:
-            return repaired
-    return None
+    fenced = re.search(r"```(?:json[5cl]?)?[ \t]*\r?\n?(?=[ \t\r\n]*[{\[])", text, re.IGNORECASE)
+    if fenced and (asked or not text[: fenced.start()].strip()):
+        repaired = _repair(text[fenced.end() :].lstrip())
+        if repaired is not None:
+            return repaired[0]
+    return _longest(text) if asked else _alone(text.strip())
+
+
+def _alone(text: str) -> str | None:
+    repaired = _repair(text) if text[:1] in ("{", "[") else None
+    return repaired[0] if repaired and (text[0] == "{" or _is_blank(text[repaired[1] :])) else None
+
+
+def _longest(text: str) -> str | None:
+    """The longest object in a text, or the list that it is."""
+    found, at = _alone(text.strip()), 0
+    while found is None and (start := text.find("{", at)) >= 0:
+        repaired = _repair(text[start:])
+        at = start + (repaired[1] if repaired else 1)
+        found = repaired[0] if repaired else None
+    return found
+
+
+def _is_blank(text: str) -> bool:
+    return not text.strip(" \t\r\n}]`")
 
 
 def _is_json(text: str) -> bool:
@@ -53,34 +71,44 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _repair(text: str) -> str | None:
-    """The object or array at the beginning of a text: what follows it goes, commas before a closing bracket go, an
-    unclosed string and unclosed brackets are closed."""
-    out, closers, in_string, at = [], [], False, 0
+class _Open:
+    """An open bracket: what closes it, and for an object whether a key comes next."""
+
+    def __init__(self, bracket: str) -> None:
+        self.closer = "}" if bracket == "{" else "]"
+        self.key = bracket == "{"
+
+
+def _repair(text: str) -> tuple[str, int] | None:
+    """The object or array at the beginning of a text, and where it ends: commas before a closing bracket go, an unclosed
+    string and unclosed brackets are closed."""
+    out: list[str] = []
+    brackets: list[_Open] = []
+    in_string, at = False, 0
     while at < len(text):
         c = text[at]
+        at += 1
         if in_string:
-            out.append(text[at : at + 2] if c == "\\" else c)
+            out.append(c + text[at : at + 1] if c == "\\" else c)
             at += c == "\\"
             in_string = c != '"'
-        elif c == '"':
-            in_string = True
-            out.append(c)
         elif c in "{[":
-            closers.append("}" if c == "{" else "]")
+            brackets.append(_Open(c))
             out.append(c)
         elif c in "}]":
-            if not closers or closers.pop() != c:
+            if brackets.pop().closer != c:
                 return None
             _drop_comma(out)
             out.append(c)
-            if not closers:
-                break
         else:
+            in_string = c == '"'
+            if c in ":,":
+                brackets[-1].key = c == "," and brackets[-1].closer == "}"
             out.append(c)
-        at += 1
-    repaired = _close("".join(out), in_string, closers)
-    return repaired if _is_json(repaired) else None
+        if not brackets:
+            break
+    repaired = _close("".join(out), in_string, brackets)
+    return (repaired, at) if _is_json(repaired) else None
 
 
 def _drop_comma(out: list[str]) -> None:
@@ -88,17 +116,34 @@ def _drop_comma(out: list[str]) -> None:
         out.pop()
 
 
-def _close(text: str, in_string: bool, closers: list[str]) -> str:
-    """A text that broke off, made whole: an open string ends, a key without its value goes, open brackets close."""
+def _close(text: str, in_string: bool, brackets: list[_Open]) -> str:
+    """A text that broke off, made whole: an open string ends, half a word or number is completed or cut, a key without its
+    value gets null, open brackets close."""
+    if not brackets:
+        return text
     if in_string:
-        text = re.sub(r"\\(u[0-9a-fA-F]{0,3})?\Z", "", text) + '"'
-    if closers:
-        text = text.rstrip().rstrip(",")
-        if text.endswith(":"):
-            text += " null"
-        elif closers[-1] == "}" and re.search(r'[{,]\s*"(?:[^"\\]|\\.)*"\Z', text):
-            text += ": null"
-    for word in ("true", "false", "null"):  # a literal that broke off
-        if cut := re.search(r"[:\[,]\s*([a-z]+)\Z", text):
-            text += word[len(cut[1]) :] if word.startswith(cut[1]) and word != cut[1] else ""
-    return text + "".join(reversed(closers))
+        text = re.sub(r"(?<!\\)((?:\\\\)*)\\(?:u[0-9a-fA-F]{0,3})?\Z", r"\1", text) + '"'
+    text = text.rstrip()
+    if not text.endswith('"'):
+        text = _whole_word(text).rstrip().rstrip(",").rstrip()
+    if text.endswith(":"):
+        text += " null"
+    elif brackets[-1].key and text.endswith('"'):
+        text += ": null"
+    return text + "".join(b.closer for b in reversed(brackets))
+
+
+def _whole_word(text: str) -> str:
+    """A literal or number at the end of a text, completed or cut back to what is valid."""
+    word = re.search(r"[a-z]+\Z", text)
+    for literal in ("true", "false", "null"):
+        if word and literal.startswith(word[0]):
+            return text[: word.start()] + literal
+    number = re.search(r"[-+.eE0-9]+\Z", text)
+    if number is None:
+        return text
+    valid = re.match(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?", number[0])
+    return text[: number.start()] + (valid[0] if valid else "")
+
+
+plugin = ResponseHealing

@@ -9,7 +9,7 @@ from providers import Block, Request
 
 
 class Structure:
-    """Settings: long_chars = 100000, from how many characters of text on a request is `long`."""
+    """Settings: long_chars = 100000, a request with more characters of text than that is `long`."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self._long = settings.get("long_chars", 100_000)
@@ -23,7 +23,7 @@ class Structure:
             "vision": any(_has_image(b) for m in request.messages for b in m.content),
             "tools": bool(request.tools),
             "json": request.response_format is not None,
-            "long": len(request.text()) >= self._long,
+            "long": len(request.text()) > self._long,
         }
         return [tag for tag, is_so in shape.items() if is_so]
 

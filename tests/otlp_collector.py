@@ -15,11 +15,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from backends import otlp
-from google.protobuf.json_format import MessageToDict
-from google.protobuf.message import DecodeError
+from google.protobuf.json_format import MessageToDict  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest, ExportLogsServiceResponse
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest, ExportMetricsServiceResponse
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest, ExportTraceServiceResponse
@@ -27,6 +27,11 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 T = TypeVar("T")
 KINDS: dict[str, Any] = {
     "/v1/traces": ExportTraceServiceRequest, "/v1/metrics": ExportMetricsServiceRequest, "/v1/logs": ExportLogsServiceRequest,
+}  # fmt: skip
+ANSWERS: dict[str, tuple[Any, str]] = {
+    "/v1/traces": (ExportTraceServiceResponse, "rejected_spans"),
+    "/v1/metrics": (ExportMetricsServiceResponse, "rejected_data_points"),
+    "/v1/logs": (ExportLogsServiceResponse, "rejected_log_records"),
 }  # fmt: skip
 HANG = object()
 """As a step of an answer: say nothing more, until the collector is closed or the client leaves."""
@@ -51,16 +56,11 @@ OK = reply(200)
 
 def partial(path: str, rejected: int, message: str) -> bytes:
     """What a collector answers that took only a part."""
-    if path == "/v1/traces":
-        said: Any = ExportTraceServiceResponse(partial_success={"rejected_spans": rejected, "error_message": message})
-    elif path == "/v1/metrics":
-        said = ExportMetricsServiceResponse(partial_success={"rejected_data_points": rejected, "error_message": message})
-    else:
-        said = ExportLogsServiceResponse(partial_success={"rejected_log_records": rejected, "error_message": message})
-    return reply(200, said.SerializeToString())
+    kind, count = ANSWERS[path]
+    return reply(200, kind(partial_success={count: rejected, "error_message": message}).SerializeToString())
 
 
-def until(condition: Callable[[], T], seconds: float = 10.0, what: str = "") -> T:
+def until(condition: Callable[[], T | Literal[False]], seconds: float = 10.0, what: str = "") -> T:
     """Polls until the condition holds and gives its value; fails after the deadline."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
@@ -213,7 +213,7 @@ def _problems(request: Received) -> Iterator[str]:
 
 def _span_problems(span: otlp.Span) -> Iterator[str]:
     for name in ("trace_id", "span_id"):
-        if set(span[name]) == {"0"}:  # type: ignore[literal-required]
+        if set(span[name]) == {"0"}:
             yield f"{name} is all zero"
     if span["end"] < span["start"] or not span["start"]:
         yield f"{span['name']}: from {span['start']} to {span['end']}"

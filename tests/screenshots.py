@@ -103,10 +103,10 @@ class Stage:
 
     def play(self) -> None:
         """Five minutes of traffic, then what is in flight."""
-        for number in range(1, 461):
-            self.clock = NOW - 300 + number * 0.645
+        for number, moment in enumerate(sorted(self.random.uniform(-300, -0.2) for _ in range(460)), 1):
+            self.clock = NOW + moment
             self.page.sink(self._request(number))
-        self.clock = NOW - 1
+        self.clock = NOW - 0.1
         self.page.sink(self.hero(461))
         for id, (model, provider, ago) in enumerate([("gpt-5-mini", "openai", 0.4), ("llama3.2:3b", "ollama", 2.9)], 462):
             at = int((NOW - ago) * 1000)

@@ -125,7 +125,7 @@ def test_lone_http_requests_and_calls_are_spans_of_their_own(start: Start, colle
         server_port=80,
         status=200,
     )
-    failed = {"error": "cannot connect", "error_type": "connection_refused"}
+    failed: dict[str, Any] = {"error": "cannot connect", "error_type": "connection_refused"}
     ids: dict[str, Any] = {"trace": trace, "span_id": trace.child_id()}
     to.call(kind="model_capabilities", provider="up", start_ns=time.time_ns(), duration_ms=3.0, **ids, **failed)
     models, brew, listed, child = until(lambda: len(collector.spans()) == 4 and collector.spans())
@@ -173,7 +173,7 @@ def test_a_record_without_ids_is_continued_from_its_headers(start: Start, collec
 
 
 def test_content_leaves_the_process_only_if_asked_for(start: Start, collector: OtlpCollector) -> None:
-    said = {"messages": [{"role": "user", "content": [{"type": "text", "text": "SECRET-PROMPT"}]}]}
+    said: dict[str, Any] = {"messages": [{"role": "user", "content": [{"type": "text", "text": "SECRET-PROMPT"}]}]}
     finish(start(collector.url), **said)
     until(collector.spans)
     assert b"SECRET-PROMPT" not in collector.everything()
@@ -268,7 +268,7 @@ def test_a_remark_without_rejection_is_a_success_that_is_told(start: Start, coll
 
 
 def test_what_a_collector_says_when_it_refuses_is_told(start: Start, collector: OtlpCollector) -> None:
-    from google.rpc.status_pb2 import Status
+    from google.rpc.status_pb2 import Status  # type: ignore[import-untyped]
 
     collector.script("/v1/traces", reply(400, Status(code=3, message="invalid length for ID").SerializeToString()))
     to = start(collector.url)

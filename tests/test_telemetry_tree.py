@@ -36,7 +36,7 @@ def events(tree: list[telemetry.Span]) -> list[tuple[str, str]]:
     return [(s["name"], e["attributes"]["exception.type"]) for s in tree for e in s["events"]]
 
 
-SEND = ("provider.send", [("provider.http", [])])
+SEND: Any = ("provider.send", [("provider.http", [])])
 
 
 # --- which spans
