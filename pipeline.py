@@ -52,7 +52,7 @@ from providers import (
     Usage,
     Used,
 )
-from rules import RULES, Candidate, Lane, Question, Rule, Verdict, offer, rule_label
+from rules import RULES, Asked, Candidate, Lane, Question, Rule, Verdict, offer, rule_label
 
 log = logging.getLogger("opensourcellmrouter.pipeline")
 
@@ -85,7 +85,7 @@ class Retry:
 class Attempt:
     """One candidate asked once: opens the upstream, gives its answer as blocks of events, knows how it went."""
 
-    def __init__(self, run: Run, candidate: Candidate, number: int) -> None:
+    def __init__(self, run: Run, candidate: Candidate, hold: Asked, number: int) -> None:
         self._run, self._lane = run, candidate.lane
         self._upstream = candidate.lane.upstream
         native = run.request.native("responses") and self._lane.provider.responses
@@ -93,7 +93,7 @@ class Attempt:
         self.native = run.request.native("responses" if native else self._lane.provider.format)
         self._began = time.monotonic()
         self._reply: Reply | None = None
-        self._settled = False
+        self._hold = hold
         self.candidate = candidate
         self.call: Call | None = None
         self.begun = False
@@ -204,9 +204,8 @@ class Attempt:
 
     def settle(self, error: RequestError | ClientGone | None, *, healthy: bool | None) -> None:
         """Note how it went and let go of the upstream; only the first call counts."""
-        if self._settled:
+        if self._hold.settled:
             return
-        self._settled = True
         if self._reply is not None:
             self._reply.close()
         self.record["duration_ms"] = self._elapsed()
@@ -216,7 +215,7 @@ class Attempt:
         self.record["request_id"] = self._run.answer.id
         if error is not None:
             self.record["error"], self.record["error_type"] = str(error), error.code
-        self._lane.answered(healthy, failed=isinstance(error, UpstreamError) and error.status not in providers.PASSED_ON)
+        self._hold.settle(healthy, failed=isinstance(error, UpstreamError) and error.status not in providers.PASSED_ON)
 
     def _elapsed(self) -> float:
         return _ms(time.monotonic() - self._began)
@@ -281,7 +280,7 @@ class Run:
         self.plan = pipeline.plan
         self.accepted = arrival.accepted
         self.requested_model = request.model  # a plugin may change the request's
-        self.ts_ns = time.time_ns()
+        self.ts_ns = time.time_ns() - int((time.monotonic() - self.accepted) * 1e9)
         self.ts_ms = self.ts_ns // 1_000_000
         self.generation_id = f"gen-{self.ts_ms // 1000}-{''.join(random.choices(_ALPHABET, k=20))}"
         observer = pipeline.telemetry
@@ -298,7 +297,8 @@ class Run:
         self._given: Answer | None = None
         self._skipped_plugins: list[str] = []
         self._considered: list[Candidate] = []
-        self._again: list[tuple[str, str, Candidate]] = []
+        self._not_before: dict[str, float] = {}
+        self._hold: Asked | None = None
         self.attempt: Attempt | None = None
         self.whole = b""
         self._attempts: list[Attempt] = []
@@ -409,7 +409,8 @@ class Run:
             return
         for label, reason, candidate in self._candidates():
             self.rule, self.reason = label, reason
-            attempt = self.attempt = Attempt(self, candidate, len(self._attempts) + 1)
+            assert self._hold is not None
+            attempt = self.attempt = Attempt(self, candidate, self._hold, len(self._attempts) + 1)
             self._attempts.append(attempt)
             self._emit("routed", provider=candidate.lane.name, model=candidate.model)
             try:
@@ -420,8 +421,10 @@ class Run:
                 if self._committed or attempt.begun or not e.retryable:
                     raise
                 self._last_error = e
+                self._not_before.pop(candidate.lane.name, None)
                 if e.refused:
-                    self._again.append((label, reason, candidate))
+                    wait = providers.seconds_until(e.headers.get("retry-after"))
+                    self._not_before[candidate.lane.name] = time.monotonic() + wait
             else:
                 attempt.settle(None, healthy=True)
                 return
@@ -438,35 +441,49 @@ class Run:
     def _candidates(self) -> Iterator[tuple[str, str, Candidate]]:
         """Whom to ask, one after the other, within retry.attempts: each provider once, in the order of the chain; when no
         other is left, those again that surely did no work for this request, after a pause."""
-        for label, reason, candidate in self.plan.chain(self.request, self.tags, self._forced_by):
+        later: list[tuple[str, str, Candidate]] = []
+        asked: list[tuple[str, str, Candidate]] = []
+        for entry in self.plan.chain(self.request, self.tags, self._forced_by):
+            candidate = entry[2]
             self._considered.append(candidate)
-            if candidate.skipped is None and candidate.lane.name not in self._tried and self._may_ask(candidate):
-                self._tried.add(candidate.lane.name)
-                yield label, reason, candidate
+            if candidate.skipped is None and candidate.lane.name in self._tried:
+                later.append(entry)
+            elif candidate.skipped is None:
+                if not self._may_retry():
+                    return
+                if self._take(candidate):
+                    self._tried.add(candidate.lane.name)
+                    asked.append(entry)
+                    yield entry
+        known = {(c.lane.name, c.model) for _, _, c in asked}
+        yield from self._again([*(e for e in later if (e[2].lane.name, e[2].model) not in known), *asked])
+
+    def _again(self, queue: list[tuple[str, str, Candidate]]) -> Iterator[tuple[str, str, Candidate]]:
+        """The same providers once more, whoever may be asked soonest first: other models of theirs, then the same ones."""
         waited = 0.0
-        while self._again and (pause := self._pause(waited)) is not None:
+        while may := [e for e in queue if e[2].lane.name in self._not_before]:
+            entry = min(may, key=lambda e: self._not_before[e[2].lane.name])
+            doubled = 0.25 * 2 ** (len(self._attempts) - 1) * random.uniform(0.8, 1.2)
+            pause = max(doubled, self._not_before[entry[2].lane.name] - time.monotonic())
+            if waited + pause > HOLD or not self._may_retry():
+                return
             waited += pause
             self._sleep(pause)
-            label, reason, candidate = self._again.pop(0)
-            if not self._may_ask(candidate):
+            queue.remove(entry)
+            queue.append(entry)
+            if not self._take(entry[2]):
                 return
-            yield label, reason, candidate
+            yield entry
 
-    def _may_ask(self, candidate: Candidate) -> bool:
-        if self._attempts and (len(self._attempts) >= self.plan.retry.attempts or not self.pipeline.budget.take()):
-            return False
-        if candidate.lane.asked():
-            return True
-        candidate.skipped = "resting"
-        return False
+    def _may_retry(self) -> bool:
+        """May there be another attempt? The first one always may."""
+        return not self._attempts or (len(self._attempts) < self.plan.retry.attempts and self.pipeline.budget.take())
 
-    def _pause(self, waited: float) -> float | None:
-        """Seconds before a provider is asked again: doubling from a quarter, with jitter, and at least its Retry-After;
-        None if that is more than may be waited in all."""
-        doubled = 0.25 * 2 ** (len(self._attempts) - 1) * random.uniform(0.8, 1.2)
-        told = self._last_error.headers.get("retry-after", "0") if self._last_error else "0"
-        pause = max(doubled, float(told) if told.isdecimal() else HOLD)
-        return pause if waited + pause <= HOLD and len(self._attempts) < self.plan.retry.attempts else None
+    def _take(self, candidate: Candidate) -> bool:
+        self._hold = candidate.lane.asked()
+        if self._hold is None:
+            candidate.skipped = "resting"
+        return self._hold is not None
 
     def _sleep(self, seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -844,7 +861,10 @@ def explain(plan: Plan, request: Request) -> dict[str, Any]:
     """The dry run of /v1/route: tags, every rule's verdict, and whom the router would ask, in order. Nothing is sent."""
     parts = plan.parts_for(request)
     tags, forced_by, given = decide(plan, request, parts)
-    rules = [_explained(plan.rules[i], i, verdict) for i, (_, verdict) in enumerate(plan.walk(request.model, request, tags))]
+    rules = [
+        _explained(plan.rules[i], i, verdict, plan.lanes)
+        for i, (_, verdict) in enumerate(plan.walk(request.model, request, tags))
+    ]
     chosen: dict[str, dict[str, str]] = {}
     for _, _, c in plan.chain(request, tags, forced_by) if given is None else ():
         if c.skipped is None:
@@ -852,10 +872,12 @@ def explain(plan: Plan, request: Request) -> dict[str, Any]:
     return {"tags": tags, "rules": rules, "chosen": list(chosen.values())}
 
 
-def _explained(rule: Rule, index: int, verdict: Verdict) -> dict[str, Any]:
+def _explained(rule: Rule, index: int, verdict: Verdict, lanes: Mapping[str, Lane]) -> dict[str, Any]:
     candidates = [{"provider": c.lane.name, "model": c.model, "value": c.value, "skipped": c.skipped} for c in verdict.candidates]
     kind = next(kind for kind, cls in RULES.items() if type(rule) is cls)
-    return {"index": index, "type": kind, "name": rule.name, "matched": bool(verdict.live), "reason": verdict.reason,
+    out = [name for name in rule.names() if name not in lanes]
+    reason = verdict.reason + (f"; left out: {', '.join(out)}" if out else "")
+    return {"index": index, "type": kind, "name": rule.name, "matched": bool(verdict.live), "reason": reason,
             "candidates": candidates}  # fmt: skip
 
 
@@ -1067,22 +1089,41 @@ class Discovery:
     def _round(self) -> None:
         for lane in self._pipeline.plan.lanes.values():
             if lane.discoverable and not self._stop.is_set():
-                discover(lane, Patience(10.0, self._stop))
+                discover(lane, Patience(10.0, self._stop), self._pipeline.telemetry)
 
 
-def ask(lane: Lane, call: Call, watch: providers.Watch) -> dict[str, Any]:
+def ask(lane: Lane, call: Call, watch: providers.Watch, observer: telemetry.Telemetry | None = None) -> dict[str, Any]:
     """One small question to a provider, outside any request. Raises RequestError (why it failed) or ClientGone."""
-    reply = lane.upstream.send(call, watch)
+    began_ns, began = time.time_ns(), time.monotonic()
+    status: int | None = None
+    failure: RequestError | ClientGone | None = None
     try:
-        reply.head()
-        body = providers.read_object(reply.read_all())
-        if reply.status != 200:
-            raise providers.refusal(reply.status, reply.headers, None, ())
-        if body is None:
-            raise providers.malformed("an answer that is not JSON")
-        return body
+        reply = lane.upstream.send(call, watch)
+        try:
+            reply.head()
+            status = reply.status
+            return _told(reply)
+        finally:
+            reply.close()
+    except (RequestError, ClientGone) as e:
+        failure = e
+        raise
     finally:
-        reply.close()
+        if observer is not None:
+            observer.call(
+                kind=call.kind, provider=lane.name, start_ns=began_ns, duration_ms=_ms(time.monotonic() - began),
+                server_address=lane.upstream.address, server_port=lane.upstream.port, method=call.method, status=status,
+                error=str(failure) if failure else None, error_type=failure.code if failure else None,
+            )  # fmt: skip
+
+
+def _told(reply: Reply) -> dict[str, Any]:
+    body = providers.read_object(reply.read_all())
+    if reply.status != 200:
+        raise providers.refusal(reply.status, reply.headers, None, ())
+    if body is None:
+        raise providers.malformed("an answer that is not JSON")
+    return body
 
 
 def examine(lane: Lane) -> tuple[bool, str]:
@@ -1113,15 +1154,15 @@ def _cure(lane: Lane, error: RequestError | ClientGone) -> str:
     return f"{error}; {cures.get(error.code, 'look at its own log')}"
 
 
-def discover(lane: Lane, watch: providers.Watch) -> str | None:
+def discover(lane: Lane, watch: providers.Watch, observer: telemetry.Telemetry | None = None) -> str | None:
     """Learn which models a provider serves and what they can do; the reason if it could not be learnt."""
     language = lane.upstream.language
     try:
-        models = language.parse_models(ask(lane, language.models_call(), watch))
+        models = language.parse_models(ask(lane, language.models_call(), watch, observer))
         if hasattr(language, "capabilities_call"):
             for model in models:
                 if model not in lane.capabilities:
-                    told = ask(lane, language.capabilities_call(model), watch)
+                    told = ask(lane, language.capabilities_call(model), watch, observer)
                     lane.capabilities[model] = frozenset(language.parse_capabilities(told))
     except (RequestError, ClientGone) as e:
         return str(e)

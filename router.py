@@ -124,7 +124,10 @@ def load(path: str | Path, environ: Mapping[str, str] = os.environ) -> Config:
 
         settings = reader.read(broadcast.Settings, section, f"{path.name}.broadcast")
         config = dataclasses.replace(config, broadcast=settings)
-    overridden = telemetry.from_environment(config.telemetry, table.get("telemetry", {}), environ)
+    try:
+        overridden = telemetry.from_environment(config.telemetry, table.get("telemetry", {}), environ)
+    except ValueError as e:
+        raise ConfigError(f"{path.name}.telemetry: {e}") from None
     return dataclasses.replace(config, telemetry=overridden)
 
 
@@ -532,6 +535,7 @@ class App:
             lane.upstream.close()
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        telemetry.leave()  # a body that was closed on another thread may have left its ids on this one
         path, began = self._path(environ), time.time_ns()
         try:
             answer = self._answer(environ, path)
@@ -798,7 +802,7 @@ class App:
         seen = self.pipeline.telemetry
         return {
             "version": __version__, "uptime_s": uptime, **self.pipeline.stats(), "refused": dict(self.refused), "log": written,
-            "telemetry": seen.stats() if seen else {"enabled": False},
+            "telemetry": seen.stats() if seen else telemetry.NO_STATS,
             "broadcast": self.broadcast.stats() if self.broadcast else {"enabled": False, "destinations": {}},
             "feed": self.dashboard.stats() if self.dashboard else {"watchers": 0, "skipped": 0},
         }  # fmt: skip
@@ -1068,6 +1072,7 @@ def serve(args: Any) -> int:
         raise
     app.port = config.server.port if config.server.unix_socket else listener.getsockname()[1]
     service = server.Service(app, config.server, listener, lambda: _reload(app, Path(args.config)))
+    app.begin()
     where = config.server.unix_socket or "http://{}:{}".format(*listener.getsockname()[:2])
     log.info("opensourcellmrouter %s listens on %s%s", __version__, where, config.server.url_prefix)
     if not config.routers:

@@ -91,30 +91,28 @@ class Lane:
                 return self._breaker.cooldown_seconds
             return max(0.0, self._rests_until - time.monotonic())
 
-    def asked(self) -> bool:
-        """Take the lane for one attempt; False if it rests. After a rest only one attempt, the probe, gets it."""
+    def asked(self) -> Asked | None:
+        """Take the lane for one attempt; None if it rests. After a rest only one attempt gets it: the probe."""
         with self._lock:
+            probe = self._failures >= self._breaker.failures
+            if probe and (self._probing or time.monotonic() < self._rests_until):
+                return None
+            self._probing = self._probing or probe
             self.requests += 1
-            if self._failures < self._breaker.failures:
-                return True
-            if self._probing or time.monotonic() < self._rests_until:
-                self.requests -= 1
-                return False
-            self._probing = True
-            return True
+            return Asked(self, probe)
 
-    def answered(self, healthy: bool | None, *, failed: bool = False) -> None:
-        """How the attempt went. Unhealthy ones count for the breaker; None says nothing of the provider's health (the
-        client left, the request or the key was at fault)."""
+    def answered(self, healthy: bool | None, *, probe: bool = False, failed: bool = False) -> None:
+        """How an attempt went. Unhealthy ones count for the breaker; None says nothing of the provider's health (the
+        client left, the request or the key was at fault). While the lane rests only its probe decides."""
         with self._lock:
-            self._probing = False
             self.errors += failed
-            if healthy:
-                self._failures = 0
-            elif healthy is not None:
-                self._failures += 1
-                if self._failures >= self._breaker.failures:
-                    self._rests_until = time.monotonic() + self._breaker.cooldown_seconds
+            rests = self._failures >= self._breaker.failures
+            self._probing = self._probing and not probe
+            if healthy is None or (rests and not probe):
+                return
+            self._failures = 0 if healthy else self._failures + 1
+            if self._failures >= self._breaker.failures:
+                self._rests_until = time.monotonic() + self._breaker.cooldown_seconds
 
     def measure(self, name: str, value: float) -> None:
         self._measured[name].append((time.monotonic(), value))
@@ -141,6 +139,21 @@ class Lane:
             "breaker": state,
             "models": list(self.models),
         }
+
+
+@dataclass(slots=True)
+class Asked:
+    """One attempt's hold on a lane; `settle` gives it back, once."""
+
+    lane: Lane
+    probe: bool
+    settled: bool = False
+
+    def settle(self, healthy: bool | None, *, failed: bool = False) -> None:
+        """Tell the lane how the attempt went; only the first call counts."""
+        if not self.settled:
+            self.settled = True
+            self.lane.answered(healthy, probe=self.probe, failed=failed)
 
 
 def needs(request: Request) -> list[str]:
@@ -233,7 +246,7 @@ class Fallback(Rule):
         offered = _offer(question.among(self.providers), question, self.rewrite_model)
         for candidate in offered:
             p = candidate.lane.provider
-            candidate.value = self.quality_bias * p.quality - (1 - self.quality_bias) * p.cost_per_1m_tokens
+            candidate.value = self.quality_bias * p.quality - (1 - self.quality_bias) * p.flat_cost(candidate.model)
         return Verdict("by score", sorted(offered, key=lambda c: -(c.value or 0.0)))
 
 
@@ -306,7 +319,7 @@ class Price(Limit):
 
     def judge(self, question: Question) -> Verdict:
         limit = self.max_cost_per_1m_tokens
-        return self.rank(question, lambda lane: lane.provider.cost_per_1m_tokens, limit, "USD per 1M tokens", most=True)
+        return self.rank(question, lambda lane: lane.provider.flat_cost(question.model), limit, "USD per 1M tokens", most=True)
 
 
 @dataclass(frozen=True)

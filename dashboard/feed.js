@@ -277,7 +277,7 @@ function drawCard(button, item) {
   const state = done ? item.outcome : "running";
   button.setAttribute("class", `card is-${state}`);
   const model = item.sent_model ?? item.requested_model ?? "";
-  const tokens = done && item.usage_source !== "none" ? `${brief(item.input_tokens)} → ${brief(item.output_tokens)} tokens` : null;
+  const tokens = done && item.usage_source !== "none" && Number.isFinite(item.input_tokens) ? `${brief(item.input_tokens)} → ${brief(item.output_tokens)} tokens` : null;
   const told = done ? [
     tokens, item.ttft_ms !== null && item.stream ? `first token ${duration(item.ttft_ms)}` : null,
     item.cost ? money(item.cost) : null, item.attempts > 1 ? `${item.attempts} attempts` : null,

@@ -20,7 +20,7 @@ class Keyword:
         self._tags = {tag: [word.lower() for word in words] for tag, words in tags.items()}
 
     def classify(self, request: Request) -> list[str]:
-        text = request.text().lower()
+        text = request.said().lower()
         return [tag for tag, words in self._tags.items() if any(word in text for word in words)]
 
 
@@ -28,4 +28,4 @@ classifier = Keyword
 
 
 def _is_words(words: Any) -> bool:
-    return isinstance(words, list) and bool(words) and all(isinstance(w, str) and w for w in words)
+    return isinstance(words, list) and all(isinstance(w, str) and w for w in words)

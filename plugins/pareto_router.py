@@ -12,7 +12,8 @@ from providers import BadRequest, Request
 
 
 class ParetoRouter:
-    """Settings: tiers = {tier: [provider or {provider, model}, ...]}, default_tier, and per request `tier`."""
+    """Settings: tiers = {tier: [provider or {provider, model}, ...]}; default_tier (else medium, else the first); and per
+    request `tier`."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         tiers = settings.get("tiers")
@@ -21,8 +22,8 @@ class ParetoRouter:
         if not isinstance(tiers, dict) or not tiers or not all(isinstance(t, list) and t for t in tiers.values()):
             raise ValueError("tiers: must map each tier to a list of providers")
         self._tiers = {name: [_candidate(c, f"tiers.{name}") for c in tier] for name, tier in tiers.items()}
-        self._tier = settings.get("tier", settings.get("default_tier", next(iter(tiers))))
-        default = settings.get("default_tier", next(iter(tiers)))
+        default = settings.get("default_tier", "medium" if "medium" in tiers else next(iter(tiers)))
+        self._tier = settings.get("tier", default)
         if not isinstance(default, str) or default not in tiers:
             raise ValueError(f"default_tier: there is no tier {default!r}")
 

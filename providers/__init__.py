@@ -182,6 +182,11 @@ class Request:
         """May the client's own bytes go on to a provider of this format? Not once a plugin has changed the request."""
         return self.format == format and not self.changed
 
+    def said(self) -> str:
+        """The text people wrote, system prompt included: no images, no tool calls and what they brought back."""
+        blocks = [*self.system, *(b for m in self.messages for b in m.content)]
+        return "\n".join(b["text"] for b in blocks if b["type"] == "text")
+
     def text(self) -> str:
         """All the text the client wrote, system prompt included, for classifiers and token estimates."""
         blocks = [*self.system, *(b for m in self.messages for b in m.content)]
@@ -566,6 +571,11 @@ class Provider:
         for name, value in self.headers.items():
             check_header(name, value)
         check_prices(self)
+
+    def flat_cost(self, model: str) -> float:
+        """USD per million tokens of this model, as rules compare it."""
+        own = self.models.get(model) if isinstance(self.models, dict) else None
+        return self.cost_per_1m_tokens if own is None or own.cost_per_1m_tokens is None else own.cost_per_1m_tokens
 
     def prices(self, model: str) -> tuple[float, float, float]:
         """USD per input, output and cached input token of this model."""
@@ -952,6 +962,13 @@ def refusal(status: int, headers: Mapping[str, str], detail: dict[str, Any] | No
         text = "the provider is rate limited (429)"
         return UpstreamError(text, status=429, kind="rate_limit", code="rate_limit_exceeded", headers=wait, detail=detail, **said)
     return UpstreamError(f"the provider failed ({status})", code=f"upstream_{status}", headers=wait, **said)
+
+
+def seconds_until(value: str | None) -> float:
+    """How long a valid Retry-After asks to wait, from now; 0 for none or a date that is past."""
+    if value is None:
+        return 0.0
+    return float(value) if value.isdecimal() else max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
 
 
 def retry_after(value: str | None) -> str | None:

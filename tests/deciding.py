@@ -122,7 +122,15 @@ class House:
         assert self.stats()["in_flight"] == 0
         return record
 
-    def post(self, path: str, body: dict[str, Any], headers: dict[str, str] | None = None, **environ: Any) -> Answer:
+    def post(
+        self,
+        path: str,
+        body: dict[str, Any],
+        headers: dict[str, str] | None = None,
+        gone: Callable[[], bool] = bool,
+    ) -> Answer:
+        """One request; `gone` is how the server tells that the client has left."""
+        environ = {"waitress.client_disconnected": gone}
         try:
             return self._app.call("POST", path, json.dumps(body).encode(), headers, **environ)
         except (SystemExit, KeyboardInterrupt) as escaped:

@@ -323,6 +323,7 @@ def take(chromium: Any, base: str, stage: Stage, name: str, check: bool) -> list
     page.wait_for_load_state("load")
     if act:
         act(page)
+        page.mouse.move(0, 0)
     page.wait_for_timeout(400)
     page.screenshot(path=str(ROOT / "docs" / f"{name}.png"))
     found = looked.axe() if check else []

@@ -122,7 +122,9 @@ def test_a_key_that_is_missing_or_unusable_is_a_start_error(
     assert not value or value.strip() not in line or not value.strip()
 
 
-@pytest.mark.parametrize("keys", [{"name": "x"}, {"key_env": "ALICE_KEY"}, {"name": "x", "key": "secret"}, {"name": 1, "key_env": "A"}])
+@pytest.mark.parametrize(
+    "keys", [{"name": "x"}, {"key_env": "ALICE_KEY"}, {"name": "x", "key": "secret"}, {"name": 1, "key_env": "A"}]
+)
 def test_an_incomplete_table_is_a_start_error(app: MakeApp, keys: dict[str, Any]) -> None:
     line = start_error(app, table("[[api_keys]]", **keys))
     assert ".toml.api_keys[0]" in line
@@ -148,9 +150,7 @@ def test_two_keys_may_have_one_name(house: MakeHouse) -> None:
 
 
 def test_in_a_running_router_names_are_logged_and_keys_are_not(router: RouterFactory, fakes: Fakes) -> None:
-    process = router(
-        config(provider("a", fakes["a"]), NAMED), server='api_key_env = "SHARED_KEY"', environment=KEYS, start=True
-    )
+    process = router(config(provider("a", fakes["a"]), NAMED), server='api_key_env = "SHARED_KEY"', environment=KEYS, start=True)
     process.key = SHARED
     assert process.chat(headers={"Authorization": f"Bearer {ALICE}"}).status == 200
     with process.stream(headers={"Authorization": "", "X-Api-Key": BOB}) as reply:

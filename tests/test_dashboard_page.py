@@ -317,7 +317,7 @@ def test_the_overview_counts_what_was_asked_and_tells_providers_apart(page_route
     expect(row).to_contain_text("healthy")
     expect(row.locator("td").nth(1)).to_have_text("4")
     expect(page.locator("figure.chart")).to_have_count(5)
-    assert page.locator("figure.chart svg path.line").count() >= 2
+    assert page.locator("figure.chart svg :is(path.line, circle.dot)").count() >= 4
     page.locator("#group").select_option("provider:second")
     expect(page.locator("#tiles")).to_contain_text("1 in the last 5 min")
     page.get_by_text("24 h", exact=True).click()

@@ -95,9 +95,16 @@ def test_a_key_that_is_not_accepted(doctor: Doctor, fakes: Fakes, format: str, s
 
 
 def test_an_anthropic_provider_is_asked_for_its_models_too(doctor: Doctor, fakes: Fakes) -> None:
-    page = {"data": [{"type": "model", "id": "claude-x", "display_name": "X"}], "has_more": False, "first_id": "a", "last_id": "b"}
+    page = {
+        "data": [{"type": "model", "id": "claude-x", "display_name": "X"}],
+        "has_more": False,
+        "first_id": "a",
+        "last_id": "b",
+    }
     always(json_answer(page), fakes["a"])
-    done = doctor(provider("a", fakes["a"], format="anthropic", models=["claude-x", "claude-y"], api_key_env="KEY"), KEY=PROVIDER_KEY)
+    done = doctor(
+        provider("a", fakes["a"], format="anthropic", models=["claude-x", "claude-y"], api_key_env="KEY"), KEY=PROVIDER_KEY
+    )
     assert done.returncode == 1
     assert "claude-y" in finding(done, "a")
     (asked,) = fakes["a"].requests

@@ -426,9 +426,8 @@ def test_only_the_one_that_did_no_work_is_asked_again(house: MakeHouse, fakes: F
 def test_a_client_that_leaves_during_the_pause_ends_it(house: MakeHouse, fakes: Fakes) -> None:
     always(error_answer(503, headers={"Retry-After": "4"}), fakes["a"])
     here = house(provider("a", fakes["a"]))
-    gone: Callable[[], bool] = lambda: bool(fakes["a"].posts)  # noqa: E731
     began = time.monotonic()
-    here.post(CHAT, chat_body(), **{"waitress.client_disconnected": gone})
+    here.post(CHAT, chat_body(), gone=lambda: bool(fakes["a"].posts))
     assert time.monotonic() - began < 3
     assert fakes.counts() == {"a": 1}
     assert here.record["outcome"] == "cancelled"
@@ -618,8 +617,7 @@ def test_a_probe_whose_client_leaves_does_not_hold_the_provider_for_ever(house: 
     asked = len(fakes["a"].posts)
     clock.advance(31)
     fakes["a"].script(silence())
-    gone: Callable[[], bool] = lambda: len(fakes["a"].posts) > asked  # noqa: E731
-    here.post(CHAT, chat_body(), **{"waitress.client_disconnected": gone})
+    here.post(CHAT, chat_body(), gone=lambda: len(fakes["a"].posts) > asked)
     assert here.records[-1]["outcome"] == "cancelled"
     assert here.chat().status == 200
     assert here.breaker() == "closed"
@@ -633,7 +631,7 @@ def test_an_old_request_that_ends_during_the_probe_does_not_let_a_second_one_in(
     fakes["a"].script(silence())
     with ThreadPoolExecutor(2) as pool:
         try:
-            old = pool.submit(here.post, CHAT, chat_body(), **{"waitress.client_disconnected": old_gone.is_set})
+            old = pool.submit(here.post, CHAT, chat_body(), gone=old_gone.is_set)
             fakes["a"].wait_for(1)
             fail(here, fakes["a"], 3)
             clock.advance(31)

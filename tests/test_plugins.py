@@ -1,4 +1,4 @@
-"""Parts that look at requests and answers: the hooks, what strangers may break (nothing but their own request), the built-in ones.
+"""Parts that look at requests and answers: the hooks, what strangers may break (their own request), the built-in ones.
 
 Foreign modules are written into the test's own folder and put on the path, as PYTHONPATH would.
 """
@@ -80,7 +80,8 @@ def hook(name: str, body: str, head: str = "") -> str:
     """The source of a plugin with one hook."""
     arguments = "request, answer" if name in ("post_response", "on_end") else "request"
     lines = "\n".join(f"        {line}" for line in body.split("\n"))
-    return f"{head}\nimport plugins, providers, time\nclass P:\n    def {name}(self, {arguments}):\n{lines}\nplugin = lambda settings: P()\n"
+    imports = f"{head}\nimport plugins, providers, time\n"
+    return f"{imports}class P:\n    def {name}(self, {arguments}):\n{lines}\nplugin = lambda settings: P()\n"
 
 
 def classifier(body: str) -> str:
@@ -207,7 +208,9 @@ def test_a_streamed_answer_of_a_plugin_ends_as_the_dialect_ends(house: MakeHouse
 
 def test_after_an_answer_nothing_else_is_asked(house: MakeHouse, foreign: Foreign) -> None:
     here, calls, module = diary_house(house, foreign)
-    ahead = house(plugin("first", foreign(hook("on_start", PONG))), plugin("diary", module), plugin("diary", module, "classifiers"))
+    ahead = house(
+        plugin("first", foreign(hook("on_start", PONG))), plugin("diary", module), plugin("diary", module, "classifiers")
+    )
     calls.clear()
     assert ahead.chat().status == 200
     assert "on_start" not in calls
@@ -467,7 +470,9 @@ def test_a_destroyer_gets_an_error_and_a_record_and_the_next_request_is_served(
 ) -> None:
     where, how = RUINS[name]
     only_once = f"if 'ruin' in request.text():\n    {how}"
-    here = house(plugin("stranger", foreign(hook(where, only_once))), plugin("reader", foreign(hook("pre_request", "request.user"))))
+    here = house(
+        plugin("stranger", foreign(hook(where, only_once))), plugin("reader", foreign(hook("pre_request", "request.user")))
+    )
     answered = here.chat("ruin", stream=streamed)
     assert answered.status in (200, 400, 404, 500)
     if answered.status == 500:
@@ -786,14 +791,16 @@ UNTOUCHED = {
     "prose that begins with a placeholder": "{name}, your order is ready.",
     "a program": "```python\nprint([1, 2], {'a': 1})\n```",
     "a program with JSON in it": '```python\nx = {"a": 1}\nprint(x)\n```\nThat prints it.',
-    "a shell command": '```bash\ncurl -d \'{"a": 1}\' localhost\n```',
+    "a shell command": "```bash\ncurl -d '{\"a\": 1}' localhost\n```",
     "a diagram": "```\n+--[box]--+\n```",
     "nothing": "",
     "blanks": "  \n",
     "a lone fence": "```",
     "a lone bracket in words": "{ is a brace",
 }
-UNTOUCHED_IF_ASKED = {name: text for name, text in UNTOUCHED.items() if not name.startswith(("prose with JSON", "a program", "a shell"))}
+UNTOUCHED_IF_ASKED = {
+    name: text for name, text in UNTOUCHED.items() if not name.startswith(("prose with JSON", "a program", "a shell"))
+}
 
 
 @pytest.mark.parametrize("asked", [None, {"type": "json_object"}], ids=["not asked", "asked"])
@@ -820,9 +827,18 @@ def test_even_if_json_was_asked_for_there_must_be_some(name: str) -> None:
     assert heal(UNTOUCHED[name], {"type": "json_schema", "name": "n", "schema": {}, "strict": True}) == UNTOUCHED[name]
 
 
-STEADY = settings(derandomize=True, deadline=None, database=None, max_examples=200, report_multiple_bugs=False, suppress_health_check=list(HealthCheck))
+STEADY = settings(
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=200,
+    report_multiple_bugs=False,
+    suppress_health_check=list(HealthCheck),
+)
 scalars = st.none() | st.booleans() | st.integers(-1000, 1000) | st.floats(-1e6, 1e6) | st.text(max_size=8)
-values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3))
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+)
 objects = st.dictionaries(st.text(max_size=4), values, min_size=1, max_size=3) | st.lists(values, min_size=1, max_size=3)
 prose = st.text(st.characters(blacklist_characters="{}[]`", blacklist_categories=["Cs"]), max_size=60)
 asked_or_not = st.sampled_from([None, {"type": "json_object"}])
@@ -876,7 +892,8 @@ def test_healing_on_the_wire_in_every_language(house: MakeHouse, fakes: Fakes) -
 
 
 def test_an_answer_that_needs_no_healing_is_passed_on_byte_for_byte(house: MakeHouse, fakes: Fakes) -> None:
-    odd = b'{"id" : "x", "choices":[{"index":0,"message":{"role":"assistant","content":"{\\"a\\": 1.0e0}"},"finish_reason":"stop"}], "zzz": [1]}'
+    told = b'{"index":0,"message":{"role":"assistant","content":"{\\"a\\": 1.0e0}"},"finish_reason":"stop"}'
+    odd = b'{"id" : "x", "choices":[' + told + b'], "zzz": [1]}'
     from fake_upstream import answer
 
     always(answer(odd), fakes["a"])
@@ -1118,4 +1135,3 @@ def test_the_example_needs_nothing_but_pythonpath() -> None:
     environment = {"PYTHONPATH": str(SHOUT.parent)}
     done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 from deciding import ROUTE, Fakes, House, MakeApp, always, config, fake_providers, provider, refused_url, rule, set_clock, table
-from fake_upstream import Received, Script, error_answer, json_answer
-from router_process import PROVIDER_KEY, ROOT, chat_body, filled
+from fake_upstream import Received, Script, error_answer, json_answer, openai_chunks, stream
+from router_process import PROVIDER_KEY, ROOT, chat_body, filled, until
 
 MakeHouse = Callable[..., House]
 
@@ -144,9 +144,7 @@ def test_what_a_chat_refuses_it_refuses(house: MakeHouse, fakes: Fakes, body: di
     assert (answered.status, answered.error["param"]) == (400, param)
 
 
-def test_a_plugin_that_fails_fails_the_dry_run_by_name(
-    house: MakeHouse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_plugin_that_fails_fails_the_dry_run_by_name(house: MakeHouse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     source = "class P:\n    def on_start(self, request): raise RuntimeError\nplugin = lambda s: P()\n"
     (tmp_path / "failing_dry_run.py").write_text(source)
@@ -161,6 +159,41 @@ def test_the_record_carries_rule_and_reason_in_short(house: MakeHouse, fakes: Fa
     here.chat("please refactor")
     assert (here.record["rule"], here.record["tags"]) == ("code", ["code"])
     assert here.record["reason"] == here.route("please refactor")["rules"][0]["reason"]
+
+
+# --- measured numbers
+
+
+def test_rules_go_by_what_was_measured_once_there_is_enough_of_it(
+    house: MakeHouse, fakes: Fakes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty streams make a number; ten minutes later it is forgotten again."""
+    clock = set_clock(monkeypatch)
+    always(stream(openai_chunks("one two three", {"prompt_tokens": 1, "completion_tokens": 3}), gap=0.002), fakes["a"])
+    here = house(
+        provider("a", fakes["a"], latency_ms=90_000),
+        rule("latency", max_latency_ms=60_000, name="quick"),
+        rule("throughput", min_tokens_per_sec=0.001, name="much"),
+        rule("fallback", name="any"),
+    )
+
+    def told() -> list[tuple[bool, Any]]:
+        return [(verdict["matched"], verdict["candidates"][0]["value"]) for verdict in here.route()["rules"][:2]]
+
+    for _ in range(19):
+        assert here.chat(stream=True).headers["x-router-rule"] == "any"
+    assert told() == [(False, 90_000), (False, None)]
+    here.chat()
+    assert told()[0] == (False, 90_000), "a whole answer has no first token"
+    here.chat(stream=True)
+    (quick, ttft), (much, speed) = told()
+    assert (quick, much) == (True, True)
+    first_tokens = sorted(record["attempts"][0]["first_token_ms"] for record in here.records if record["stream"])
+    assert ttft == pytest.approx((first_tokens[9] + first_tokens[10]) / 2)
+    assert speed > 0
+    assert here.chat(stream=True).headers["x-router-rule"] == "quick"
+    clock.advance(601)
+    assert told() == [(False, 90_000), (False, None)]
 
 
 # --- on the command line
@@ -219,7 +252,9 @@ def test_nobody_to_ask_is_exit_1(fakes: Fakes, tmp_path: Path) -> None:
     assert "nobody" in done.stdout.splitlines()[-1]
 
 
-@pytest.mark.parametrize("words", [[], ["hello"], ["-m", "m"], ["a", "b", "c", "-m", "m"], ["config.toml", "-m", "m", "hello", "--loud"]])
+@pytest.mark.parametrize(
+    "words", [[], ["hello"], ["-m", "m"], ["a", "b", "c", "-m", "m"], ["config.toml", "-m", "m", "hello", "--loud"]]
+)
 def test_wrong_words_are_exit_2(fakes: Fakes, tmp_path: Path, words: list[str]) -> None:
     written(tmp_path, *some(fakes))
     done = run(*words, folder=tmp_path)
@@ -242,7 +277,9 @@ def test_a_configuration_that_cannot_be_used_is_exit_2_in_one_line(tmp_path: Pat
 def ollama(received: Received) -> Script:
     """Two models, one of them without eyes."""
     if received.path == "/api/tags":
-        return json_answer({"models": [{"name": "llava:7b", "model": "llava:7b"}, {"name": "phi3:latest", "model": "phi3:latest"}]})
+        return json_answer(
+            {"models": [{"name": "llava:7b", "model": "llava:7b"}, {"name": "phi3:latest", "model": "phi3:latest"}]}
+        )
     able = ["completion", "vision"] if "llava" in received.body.decode() else ["completion"]
     return json_answer({"capabilities": able})
 
@@ -278,8 +315,6 @@ def test_a_local_server_that_is_down_does_not_hold_it_up(fakes: Fakes, tmp_path:
 
 
 def test_incapable_models_are_known_from_the_server_that_has_them(app: MakeApp, fakes: Fakes) -> None:
-    from router_process import until
-
     fakes["o"].default = ollama
     parts = [provider("o", fakes["o"].url, format="ollama"), provider("a", fakes["a"]), rule("discover", provider="o"), rule()]
     here = House(app(config(*parts)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ def expected(house: House4) -> list[tuple[str, str]]:
 def drawn(house: House4, told: dict[str, Any], model: str) -> list[str]:
     names = [told["provider"]] if "provider" in told else told["providers"] or list(house.providers)
     names = [name for name in names if name not in house.left_out | house.resting]
-    number = {name: house.providers[name].get for name in names}
+    number: dict[str, Callable[[str], Any]] = {name: house.providers[name].get for name in names}
     match told["type"]:
         case "prefix":
             return names if model.startswith(told["model_prefix"]) else []
@@ -210,7 +210,7 @@ def test_random_is_uniform_over_the_live_candidates(tmp_path: Path, name: str, s
     import router
 
     told, live, resting = LOTTERIES[name]
-    everybody = "abcd" if name.startswith("without") or name.startswith("the named") else "abc"
+    everybody = "abcd" if name.startswith(("without", "the named")) else "abc"
     places = [provider(n, "http://127.0.0.1:9/v1") for n in everybody]
     places.append(provider("left-out", "http://127.0.0.1:9/v1", api_key_env="UNSET"))
     path = tmp_path / "config.toml"
@@ -374,7 +374,7 @@ def test_the_fakes_are_what_the_property_takes_them_for(playground: Playground) 
 
 
 def test_the_other_providers_are_reached_by_what_may_move_on(playground: Playground) -> None:
-    """The counterpart: every failure that allows it leads to the second provider, so the limits above are not kept by idleness."""
+    """The counterpart: what allows it leads to the second provider, so the limits above are not kept by idleness."""
     for streamed in (False, True):
         for kind in ["ok", *BEHAVIOUR]:
             playground.clock.advance(60)

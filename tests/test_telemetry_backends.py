@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from backends import Collector, Jaeger, collector, jaeger, need
+from backends import Collector, Jaeger, collector, jaeger, mlflow, need
 from backends.otlp import tree
 from conftest import RouterFactory
 from fake_upstream import (
@@ -142,6 +142,23 @@ def test_jaeger_shows_every_kind_of_request(router: RouterFactory, upstream: Fak
     assert "opensourcellmrouter" in the_jaeger.services()
     assert whole in the_jaeger.find("opensourcellmrouter", {"router.outcome": "ok"}, name="request")
     assert overloaded in the_jaeger.find("opensourcellmrouter", {"error.type": "overloaded"})
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("mlflow")
+def test_mlflow_reads_conversation_and_usage(router: RouterFactory, upstream: FakeUpstream, tmp_path: Path) -> None:
+    need(mlflow)
+    with mlflow(tmp_path) as reader:
+        process = router(rules=on(reader.endpoint, 'capture_content = true\nheaders = { x-mlflow-experiment-id = "0" }'))
+        upstream.script(json_answer(chat_completion("fine", USAGE)))
+        trace_id = process.chat("how are you?").headers["x-router-trace-id"]
+        spans = {s["name"]: s["attributes"] for s in reader.wait_trace(trace_id, 4)}
+        assert reader.info(trace_id)["state"] == "OK"
+        usage = json.loads(reader.info(trace_id)["trace_metadata"]["mlflow.trace.tokenUsage"])
+    assert usage == {"input_tokens": 9, "output_tokens": 4, "total_tokens": 13}
+    assert spans["provider.send"]["mlflow.spanInputs"] == [
+        {"role": "user", "parts": [{"type": "text", "content": "how are you?"}]}
+    ]
 
 
 def read(process: RouterProcess) -> str:

@@ -1,5 +1,7 @@
 """A plugin of one's own: answers in capitals, and keeps secrets to itself.
 
+In config.toml:
+
     [plugins.shout]
     enabled = true
     module = "shout"            # a file shout.py somewhere on PYTHONPATH
