@@ -59,7 +59,7 @@ def credentials(key: str) -> dict[str, str]:
 # What can be asked beside requests --------------------------------------------------------------------------------------
 def models_call() -> Call:
     """Asks for the models that are on the machine."""
-    return Call("/api/tags", b"", "ollama_tags", method="GET")
+    return Call("/api/tags", b"", "list_models", method="GET")
 
 
 def parse_models(body: dict[str, Any]) -> list[str]:
@@ -69,7 +69,7 @@ def parse_models(body: dict[str, Any]) -> list[str]:
 
 def capabilities_call(model: str) -> Call:
     """Asks what a model can do."""
-    return Call("/api/show", dumps({"model": model}).encode(), "ollama_show")
+    return Call("/api/show", dumps({"model": model}).encode(), "model_capabilities")
 
 
 def parse_capabilities(body: dict[str, Any]) -> set[str]:

@@ -617,7 +617,7 @@ def credentials(key: str) -> dict[str, str]:
 
 def models_call() -> Call:
     """Asks for the models that are served."""
-    return Call("/models", b"", "openai_models", method="GET")
+    return Call("/models", b"", "list_models", method="GET")
 
 
 def parse_models(body: dict[str, Any]) -> list[str]:

@@ -102,6 +102,15 @@ def set_clock(patch: pytest.MonkeyPatch, frozen: bool = False) -> Clock:
     return clock
 
 
+def rest(application: Any, name: str) -> None:
+    """As many failures in a row as make this provider rest."""
+    lane = application.pipeline.plan.lanes[name]
+    for _ in range(application.config.breaker.failures):
+        lane.asked()
+        lane.answered(False)
+    assert lane.resting() > 0
+
+
 class House:
     """A router in this process and what its readers get."""
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import App
+from deciding import rest
 
 FILES = sorted((Path(__file__).parent / "rules").glob("*.toml"))
 ENVIRONMENT = {"SET_KEY": "sk-PROVIDER-0123456789abcdef"}
@@ -45,9 +46,7 @@ def router_of(config: str, known: dict[str, Any], folder: Path) -> App:
     application = router.App(router.load(place, ENVIRONMENT), ENVIRONMENT)
     lanes = application.pipeline.plan.lanes
     for name in known.get("resting", ()):
-        for _ in range(application.config.breaker.failures):
-            assert lanes[name].asked()
-            lanes[name].answered(False)
+        rest(application, name)
     for number in ("ttft_ms", "tokens_per_s"):
         for name, values in known.get(number, {}).items():
             for value in values:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from conftest import App
-from deciding import CHAT, Clock, Fakes, House, config, fake_providers, provider, rule, set_clock
+from deciding import CHAT, Clock, Fakes, House, config, fake_providers, provider, rest, rule, set_clock
 from fake_upstream import (
     Received,
     Script,
@@ -110,9 +110,7 @@ def application(house: House4) -> Any:
     told = {"providers": tables, "routers": house.rules, "breaker": {"failures": 1, "cooldown_seconds": 3600}}
     made = router.App(router.Reader({}).read(router.Config, told, "config.toml"), {})
     for name in house.resting - house.left_out:
-        lane = made.pipeline.plan.lanes[name]
-        assert lane.asked()
-        lane.answered(False)
+        rest(made, name)
     return made
 
 
@@ -217,9 +215,7 @@ def test_random_is_uniform_over_the_live_candidates(tmp_path: Path, name: str, s
     path.write_text(filled(config(*places, told, failures=1, cooldown=3600), {"port": "1", "log": str(tmp_path / "log")}))
     made = router.App(router.load(path, {}), {})
     for resting_one in resting:
-        lane = made.pipeline.plan.lanes[resting_one]
-        assert lane.asked()
-        lane.answered(False)
+        rest(made, resting_one)
     request = made.hear("/v1/route", json.dumps(chat_body()).encode())
     random.seed(seed)
     counts = Counter(_winner(pipeline.explain(made.pipeline.plan, request), "/" in min(live)) for _ in range(DRAWS))
