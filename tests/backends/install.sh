@@ -106,7 +106,7 @@ build_jaeger() {
 install_mockotlp() {
     rm -rf "$target/npm"
     mkdir "$target/npm"
-    npm install --prefix "$target/npm" --ignore-scripts --no-audit --no-fund --no-update-notifier "$mockotlp"
+    npm install --prefix "$target/npm" --ignore-scripts --no-audit --no-fund --no-update-notifier "$mockotlp" axe-core@4
 }
 
 install_mlflow() {
@@ -138,7 +138,7 @@ export -f go_flags install_debian
 go=$(go env GOVERSION 2>/dev/null)
 ensure collector "$(sha256sum "$here/collector.yaml" | cut -c1-16) $builder $go" build_collector go
 ensure jaeger "$jaeger_version $go" build_jaeger go
-ensure mockotlp "$mockotlp" install_mockotlp npm node
+ensure mockotlp "$mockotlp axe-core@4" install_mockotlp npm node
 debian nginx nginx nginx
 if [[ $with_mlflow ]]; then
     ensure mlflow "$mlflow $(python3 --version)" install_mlflow python3
