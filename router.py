@@ -564,11 +564,8 @@ class App:
         if self._prefix and path != "/health":
             path = path[len(self._prefix) :] if path.startswith(self._prefix + "/") else ""
         alias = path.removeprefix("/api")
-        return (
-            alias
-            if alias.startswith("/v1/") and path not in self._plain and not path.startswith("/api/v1/observability")
-            else path
-        )
+        own = path in self._plain or any(_is_below(path, place) for place in self._below)
+        return alias if alias.startswith("/v1/") and not own else path
 
     def _answer(self, environ: dict[str, Any], path: str) -> Response | pipeline.Run:
         if path == "/health":
@@ -645,7 +642,9 @@ class App:
 
     # the pages and their API
     def _page(self, environ: dict[str, Any], path: str) -> Response:
-        asset = self.dashboard.asset(path.removeprefix("/dashboard").strip("/"))
+        name = path.removeprefix("/dashboard").strip("/")
+        # The page's addresses are relative: below /dashboard/ it is served as it is one level down.
+        asset = self.dashboard.asset("observability" if path == "/dashboard/" else name)
         if asset is None:
             return self._nowhere(environ, path)
         return Response(200, asset[1], asset[0], headers=_PAGE_HEADERS)
@@ -699,9 +698,11 @@ class App:
     def _sign_in_page(self, environ: Mapping[str, Any], path: str) -> Response:
         if path == "/dashboard/session":
             return self._handler(environ, path)(dict(environ), path)
-        name = path.removeprefix("/dashboard/") if path.startswith("/dashboard/sign-in") else "sign-in"
-        kind, content = self.dashboard.asset(name)
-        return Response(200 if name != "sign-in" else 401, content, kind, headers=_PAGE_HEADERS)
+        if path.startswith("/dashboard/sign-in"):
+            kind, content = self.dashboard.asset(path.removeprefix("/dashboard/"))
+            return Response(200, content, kind, headers=_PAGE_HEADERS)
+        kind, content = self.dashboard.asset("sign-in" if path == "/dashboard" else "observability/sign-in")
+        return Response(401, content, kind, headers=_PAGE_HEADERS)
 
     def _sign_in(self, environ: dict[str, Any], path: str) -> Response:
         """Trade a key for a session cookie, so that the page need not keep the key."""
