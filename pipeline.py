@@ -1137,7 +1137,7 @@ def examine(lane: Lane) -> tuple[bool, str]:
         return False, _cure(lane, e)
     except providers.SHAPE_ERRORS:
         return False, "its list of models has another shape: is `format` right?"
-    missing = [m for m in lane.provider.models if m != "*" and m not in served]
+    missing = [m for m in lane.provider.models if m != "*" and not {m, f"{m}:latest"} & set(served)]
     if missing:
         return False, f"reachable, but it does not list {', '.join(missing)}; it lists {', '.join(served[:8]) or 'nothing'}"
     return True, f"reachable, lists {len(served)} models"

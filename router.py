@@ -489,7 +489,7 @@ class App:
         gone = [lane for name, lane in self.pipeline.plan.lanes.items() if plan.lanes.get(name) is not lane]
         self.config, self.keys, self.pipeline.plan = config, keys, plan
         for lane in gone:
-            lane.upstream.close()
+            lane.upstream.retire()
         if self.broadcast is not None and config.broadcast is not None:
             self.broadcast.reload(config.broadcast)
         self.begin()
@@ -949,6 +949,8 @@ def _read_keys(config: Config, environ: Mapping[str, str]) -> dict[bytes, str | 
         key = _key(place, variable, environ)
         if key is None:
             raise ValueError(f"{place}: the environment variable {variable} is not set")
+        if key.encode("latin-1") in keys:
+            raise ValueError(f"{place}: the key in {variable} has a name already")
         keys[key.encode("latin-1")] = name
     if config.server.exposed and not keys and not config.server.allow_unauthenticated:
         text = "needs a key (server.api_key_env or [[api_keys]]) or server.allow_unauthenticated = true"
@@ -1145,14 +1147,14 @@ def doctor(args: Any) -> int:
     start_logging(logging.WARNING)
     app = _idle_app(args.config)
     findings = [(f"provider {name}", *pipeline.examine(lane)) for name, lane in app.pipeline.plan.lanes.items()]
-    out = [p.name for p in app.config.providers if p.name not in app.pipeline.plan.lanes]
-    findings += [(f"provider {name}", False, "left out: the variable that api_key_env names is not set") for name in out]
+    out = [p for p in app.config.providers if p.name not in app.pipeline.plan.lanes]
+    findings += [(f"provider {p.name}", False, f"left out: set the environment variable {p.api_key_env}") for p in out]
     findings += _telemetry_findings(app.config.telemetry) if app.config.telemetry.enabled else []
     findings += _broadcast_findings(app.config.broadcast) if app.config.broadcast is not None else []
     app.close()
     width = max(len(what) for what, _, _ in findings)
     for what, ok, text in findings:
-        print(f"{_coloured('ok  ', '32') if ok else _coloured('FAIL', '31')} {what:{width}}  {telemetry.scrub(text)}")
+        print(f"{_coloured('ok  ', '32') if ok else _coloured('FAIL', '31')} {what:{width}}  {_printable(telemetry.scrub(text))}")
     return 0 if all(ok for _, ok, _ in findings) else 1
 
 
@@ -1201,6 +1203,11 @@ def watch(args: Any) -> int:
     if args.api_key_env and not key:
         raise ConfigError(f"--api-key-env: the environment variable {args.api_key_env} is not set")
     return terminal.watch(args.url, key, sys.stdout, sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+
+
+def _printable(text: str) -> str:
+    """A text from elsewhere as it may go to a terminal: without what could move its cursor or change its colours."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _coloured(text: str, colour: str) -> str:

@@ -66,7 +66,7 @@ class Lane:
     @property
     def discoverable(self) -> bool:
         """Does this provider tell its models when asked, and are we to ask?"""
-        asks = "*" in self.provider.models if self.provider.format == "openai" else True
+        asks = self.provider.format == "ollama" or "*" in self.provider.models
         return asks and hasattr(self.upstream.language, "models_call")
 
     def lacks(self, request: Request, model: str) -> str | None:
@@ -137,6 +137,7 @@ class Lane:
             "errors": self.errors,
             **numbers,
             "breaker": state,
+            "cost_usd": self.cost_usd,
             "models": list(self.models),
         }
 

@@ -1267,10 +1267,11 @@ class _Chunked:
 class _Idle(queue.LifoQueue[Any]):
     """The idle connections of a pool, the latest used on top (urllib3's `QueueCls`)."""
 
-    def tidy(self) -> None:
-        """Close those that are past their time or that the other side has closed."""
+    def tidy(self, *, everything: bool = False) -> None:
+        """Close those that are past their time or that the other side has closed; or all of them."""
         with self.mutex:
-            stale = [(i, c) for i, c in enumerate(self.queue) if c is not None and c.sock is not None and not _usable(c)]
+            idle = [(i, c) for i, c in enumerate(self.queue) if c is not None and c.sock is not None]
+            stale = [(i, c) for i, c in idle if everything or not _usable(c)]
             for i, _ in stale:
                 self.queue[i] = None
         for _, connection in stale:
@@ -1375,6 +1376,11 @@ class Upstream:
         """Close the idle connections that are too old to be used or that the provider has closed."""
         if self.address:
             self._pool.pool.tidy()
+
+    def retire(self) -> None:
+        """Out of service: close the idle connections. Requests that began before may still use it."""
+        if self.address:
+            self._pool.pool.tidy(everything=True)
 
     def close(self) -> None:
         """Close the idle connections."""

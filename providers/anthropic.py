@@ -559,6 +559,16 @@ def endpoint(base_url: str) -> str:
     return url if url.endswith("/v1") else url + "/v1"
 
 
+def models_call() -> Call:
+    """Asks for the models that are served."""
+    return Call("/models", b"", "list_models", headers={"anthropic-version": VERSION}, method="GET")
+
+
+def parse_models(body: dict[str, Any]) -> list[str]:
+    """The names in an answer to `models_call`."""
+    return [m["id"] for m in body["data"] if isinstance(m["id"], str)]
+
+
 def credentials(key: str) -> dict[str, str]:
     """The header that carries the provider's key."""
     return {"x-api-key": key}

@@ -154,7 +154,7 @@ def ask(process: RouterProcess, number: int) -> tuple[str, str]:
     if response.status != 200:
         return "error", f"{response.status} {data[:120]!r}"
     whole = data.endswith(b"data: [DONE]\n\n") if body["stream"] else b'"one two three four"' in data
-    return ("ok", "") if whole else ("broken", data[-160:].decode("utf-8", "replace"))
+    return ("ok", "") if whole else ("broken", data.decode("utf-8", "replace").strip().split("\n")[-1][:160])
 
 
 class Watcher(threading.Thread):

@@ -648,6 +648,25 @@ def test_an_old_request_that_ends_during_the_probe_does_not_let_a_second_one_in(
         assert probe.result(10).status == 200
 
 
+@pytest.mark.parametrize("late", ["good", "bad"])
+def test_an_old_request_that_ends_during_the_rest_neither_ends_nor_prolongs_it(
+    house: MakeHouse, fakes: Fakes, clock: Clock, late: str
+) -> None:
+    here = resting_house(house, fakes)
+    go = threading.Event()
+    fakes["a"].script(hold(go) + (OK if late == "good" else error_answer(500)))
+    with ThreadPoolExecutor(1) as pool:
+        old = pool.submit(here.chat)
+        fakes["a"].wait_for(1)
+        fail(here, fakes["a"], 3)
+        clock.advance(20)
+        go.set()
+        assert old.result(10).status == (200 if late == "good" else 502)
+    assert here.breaker() == "open", "only a probe closes it"
+    clock.advance(11)
+    assert here.breaker() == "half-open", "31 s after the failures that opened it"
+
+
 def test_an_attempt_that_never_reached_the_provider_is_no_probe(house: MakeHouse, fakes: Fakes, clock: Clock) -> None:
     """A request that is refused for its own sake leaves the breaker as it is, half-open."""
     here = resting_house(house, fakes)

@@ -1047,7 +1047,7 @@ def test_long_is_over_a_hundred_thousand_unless_told_otherwise(house: MakeHouse)
     ],
 )
 def test_keyword_finds_words_in_any_case_and_takes_them_literally(house: MakeHouse, text: str, tags: list[str]) -> None:
-    words = {"code": ["function", "refactor"], "street": ["straße"], "dot": ["a.b"]}
+    words = {"code": ["Function", "refactor"], "street": ["straße"], "dot": ["a.b"]}
     here = house(plugin("keyword", kind="classifiers", tags=words))
     here.chat(text)
     assert here.record["tags"] == tags
