@@ -20,6 +20,7 @@ import os
 import pkgutil
 import queue
 import re
+import select
 import ssl
 import time
 import zlib
@@ -1268,18 +1269,38 @@ class _Idle(queue.LifoQueue[Any]):
     """The idle connections of a pool, the latest used on top (urllib3's `QueueCls`)."""
 
     def tidy(self, *, everything: bool = False) -> None:
-        """Close those that are past their time or that the other side has closed; or all of them."""
+        """Close those that are past their time or that the other side has closed; or all of them.
+
+        Only what has been idle for a second is looked at, outside the lock and with one system call: under load each
+        call lets another thread run first, and everybody would wait for the lock meanwhile.
+        """
+        now = time.monotonic()
         with self.mutex:
             idle = [(i, c) for i, c in enumerate(self.queue) if c is not None and c.sock is not None]
-            stale = [(i, c) for i, c in idle if everything or not _usable(c)]
-            for i, _ in stale:
+            idle = [(i, c) for i, c in idle if everything or now - getattr(c, "_idle_since", now) > 1.0]
+            for i, _ in idle:
                 self.queue[i] = None
-        for _, connection in stale:
-            connection.close()
+        heard = _readable([c.sock for _, c in idle])
+        for _, connection in idle:
+            kept = not everything and connection.sock not in heard and now < connection._use_until
+            if not kept or not self._put_back(connection):
+                connection.close()
+
+    def _put_back(self, connection: Any) -> bool:
+        with self.mutex:
+            if None not in self.queue:
+                return False
+            self.queue[self.queue.index(None)] = connection
+            return True
 
 
-def _usable(connection: Any) -> bool:
-    return time.monotonic() < getattr(connection, "_use_until", 0.0) and bool(connection.is_connected)
+def _readable(sockets: list[Any]) -> list[Any]:
+    """Those that have something to say; of an idle connection that is its end, or an answer nobody asked for."""
+    poller = select.poll()
+    by_fd = {s.fileno(): s for s in sockets}
+    for fd in by_fd:
+        poller.register(fd, select.POLLIN | select.POLLHUP | select.POLLERR)
+    return [by_fd[fd] for fd, _ in poller.poll(0)] if by_fd else []
 
 
 class Upstream:
@@ -1345,8 +1366,8 @@ class Upstream:
 
         connection = self._pool._get_conn()
         if connection.sock is not None:
-            if _usable(connection):
-                return connection
+            if time.monotonic() < getattr(connection, "_use_until", 0.0):
+                return connection  # urllib3 has looked whether it is still connected
             connection.close()
         try:
             connection.timeout = self.provider.connect_timeout
@@ -1369,7 +1390,8 @@ class Upstream:
             self._drop(connection)
             return
         told = re.search(r"timeout=(\d+)", headers.get("keep-alive", ""))
-        connection._use_until = time.monotonic() + (int(told[1]) - 1 if told else KEEP_IDLE[self._scheme])
+        connection._idle_since = time.monotonic()
+        connection._use_until = connection._idle_since + (int(told[1]) - 1 if told else KEEP_IDLE[self._scheme])
         self._pool._put_conn(connection)
 
     def tidy(self) -> None:
