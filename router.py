@@ -406,7 +406,7 @@ ASKED = {
 def face_of(path: str) -> Any:
     """The client face in which a path is answered: errors, too, come in the client's own dialect."""
     name = next((f for p, f in FACES.items() if path == p or path.startswith(p + "/")), "openai")
-    return providers.language(name if name in providers.formats("parse_request") else "openai")
+    return providers.language(name)
 
 
 Methods = dict[str, Callable[[dict[str, Any], str], Response]]
@@ -450,11 +450,7 @@ class App:
             self._plain["/dashboard/events"] = {"GET": self._events}
             self._plain["/dashboard/session"] = {"POST": self._sign_in, "DELETE": self._sign_out}
             self._below |= {"/dashboard": {"GET": self._page}, "/api/v1/dashboard/": {"GET": self._page_data}}
-        self._llm: dict[str, Callable[..., providers.Request]] = {
-            path: getattr(providers.language(face), parse)
-            for path, (face, parse) in ASKED.items()
-            if face in providers.formats("parse_request") and hasattr(providers.language(face), parse)
-        }
+        self._llm = ASKED
 
     def begin(self) -> None:
         """Start what runs beside the requests: telemetry, and the search for models where a provider can tell them."""
@@ -754,7 +750,8 @@ class App:
 
     def hear(self, path: str, body: bytes, headers: Mapping[str, str] = types.MappingProxyType({})) -> providers.Request:
         """The request in a body sent to this path. Raises BadRequest naming the field that cannot be."""
-        request = self._llm[path](providers.Body(body), headers)
+        face, parse = self._llm[path]
+        request: providers.Request = getattr(providers.language(face), parse)(providers.Body(body), headers)
         request.headers = dict(headers)
         return request
 
@@ -1059,6 +1056,13 @@ M_ARENA_MAX, M_MMAP_THRESHOLD = -8, -3
 """glibc's malloc.h."""
 
 
+def _give_memory_back() -> None:
+    """Return to the system what starting up has used and freed."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def serve(args: Any) -> int:
     """Run the router until a signal stops it."""
     _keep_memory_small()
@@ -1084,6 +1088,7 @@ def serve(args: Any) -> int:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
+    _give_memory_back()
     return 0 if service.run() else 1
 
 

@@ -560,7 +560,7 @@ class Provider:
     total_timeout: float = field(default=600.0, metadata={"doc": "seconds for the whole answer"})
 
     def __post_init__(self) -> None:
-        if self.format not in formats("endpoint"):
+        if self.format not in _files() or not hasattr(language(self.format), "endpoint"):
             raise ValueError(f"format: unknown format {self.format!r}, known are {', '.join(formats('endpoint'))}")
         if self.format != "echo" and not self.base_url:
             raise ValueError("base_url: required")
