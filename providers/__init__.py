@@ -651,15 +651,6 @@ def read_key(variable: str, environ: Mapping[str, str] = os.environ) -> str | No
     return key
 
 
-class Language(Protocol):
-    """What the upstream face of a format offers (see the module docstring)."""
-
-    def endpoint(self, base_url: str) -> str: ...
-    def credentials(self, key: str) -> dict[str, str]: ...
-    def build(self, request: Request, model: str, provider: Provider) -> Call: ...
-    def parse(self, data: bytes, request: Request) -> list[Event]: ...
-
-
 def formats(face: str) -> list[str]:
     """The names of the formats that have this face ("endpoint": upstreams, "parse_request": clients)."""
     return [name for name in _files() if hasattr(language(name), face)]
