@@ -24,13 +24,14 @@ from typing import Any, Final
 
 from broadcast.destinations import Destination, Entry, Listening, Settings, skip_reason
 from broadcast.encoder import Record, blocks, encode, envelope, fragment, unfit
-from broadcast.exchange import Answer, Wire, send
+from broadcast.exchange import Answer, Carrier
 from broadcast.store import Counts, Offers, Store
 
 log = logging.getLogger("broadcast")
 BATCH_ITEMS: Final = 64
 BACKOFF_FIRST = 1.0
 BACKOFF_MOST = 30.0
+KEEP_IDLE: Final = 5.0  # seconds a connection without work is kept: most servers close it soon after
 GROUP_ITEMS, GROUP_WEIGHT = 256, 4 << 20  # of one commit
 INBOX_ITEMS, INBOX_WEIGHT = 10_000, 64 << 20  # in memory, while the disk does not answer
 
@@ -181,7 +182,7 @@ class Worker:
         self._stop = self._leave = False
         self._most, self._tries = BATCH_ITEMS, 0
         self._since, self._until = 0.0, 0  # the batch that is tried again: since when, and its last record
-        self._wire: Wire | None = None
+        self._carrier: Carrier | None = None
         self._thread = threading.Thread(target=self._run, name=f"broadcast-{entry.id[:12]}", daemon=True)
         self._thread.start()
 
@@ -203,13 +204,19 @@ class Worker:
         """End now; what is on the wire stays queued and may arrive twice, under the same ids."""
         self._stop = True
         self.leave()
-        if wire := self._wire:
-            wire.cut()
+        if carrier := self._carrier:
+            carrier.cut()
 
     def join(self, deadline: float) -> None:
         self._thread.join(max(0.0, deadline - time.monotonic()))
 
     def _run(self) -> None:
+        try:
+            self._deliver()
+        finally:
+            self._rest()
+
+    def _deliver(self) -> None:
         while not self._stop:
             self._wake.clear()
             try:
@@ -217,7 +224,9 @@ class Worker:
                     continue
                 if self._leave:
                     return
-                self._wake.wait()
+                if not self._wake.wait(KEEP_IDLE):
+                    self._rest()
+                    self._wake.wait()
             except sqlite3.Error as error:
                 warn("store", f"the queue cannot be read or written ({type(error).__name__}); trying again")
                 self._pause(1.0)
@@ -243,15 +252,17 @@ class Worker:
         return True
 
     def _send(self, d: Destination, body: bytes) -> Answer:
-        try:
-            return send(d, body, self._owner.settings.timeout, self._owner.listening(), self._opened)
-        finally:
-            self._wire = None
+        carrier = self._carrier
+        if carrier is None or carrier.destination != d:
+            self._rest()
+            carrier = self._carrier = Carrier(d)
+        if self._stop:  # asked before there was anything to cut
+            carrier.cut()
+        return carrier.send(body, self._owner.settings.timeout, self._owner.listening())
 
-    def _opened(self, wire: Wire) -> None:
-        self._wire = wire
-        if self._stop:
-            wire.cut()
+    def _rest(self) -> None:
+        if self._carrier:
+            self._carrier.close()
 
     def _settle(self, entry: Entry, batch: list[int], answer: Answer, dropped: str) -> None:
         if answer.cause != "ok":
@@ -402,21 +413,21 @@ def resend(path: str, d: Destination, settings: Settings, listening: Listening) 
     """
     counts: Counter[str] = Counter()
     last_error = None
-    with Path(path).open("rb") as file:
+    with Path(path).open("rb") as file, contextlib.closing(Carrier(d)) as carrier:
         for line in file:
             reason = unfit(line, d.privacy_mode)
             if not reason:
-                answer = _insist(d, line.strip(), settings, listening)
+                answer = _insist(carrier, line.strip(), settings, listening)
                 reason, last_error = ("", last_error) if answer.cause == "ok" else (answer.reason, answer.message)
             counts.update([reason])
     delivered = counts.pop("", 0)
     return {"lines": delivered + counts.total(), "delivered": delivered, "dropped": dict(counts), "last_error": last_error}
 
 
-def _insist(d: Destination, line: bytes, settings: Settings, listening: Listening) -> Answer:
+def _insist(carrier: Carrier, line: bytes, settings: Settings, listening: Listening) -> Answer:
     begun, pause = time.monotonic(), BACKOFF_FIRST
     while True:
-        answer = send(d, line, settings.timeout, listening())
+        answer = carrier.send(line, settings.timeout, listening())
         wait = max(pause, answer.retry_after)
         if not answer.retry or time.monotonic() + wait - begun > settings.max_elapsed:
             return answer

@@ -261,7 +261,7 @@ def _split(url: str, key: str) -> tuple[str, str, int, str]:
         raise BadAddress(f"{key}: port 0 cannot be connected to")
     if (address := literal(host)) and (why := refusal(address, port, ())):
         raise BadAddress(f"{key}: {why}")
-    path, query = (urllib.parse.quote(part, safe="/%:@!$&'()*+,;=~-._?") for part in (parts.path or "/", parts.query))
+    path, query = (urllib.parse.quote(part, safe="/%:@!$&'()*+,;=~-._") for part in (parts.path or "/", parts.query))
     return parts.scheme, host, port, f"{path}?{query}" if query else path
 
 

@@ -1,9 +1,9 @@
 """One delivery: a checked address, one deadline for all of it, and what the answer means.
 
-It uses http.client on a socket of ours: there are no redirects, retries, proxies or netrc to turn off, and the address that
-was checked is by construction the address connected to. Success is only what an OTLP receiver would say; a web page with
-status 200 is not. Type `file` is delivered by appending a line. `try_out` sends a test span the same way and explains the
-outcome by a table of likely causes.
+urllib3 speaks HTTP, without redirects, retries or proxies, over a socket of ours: the address that was checked is by
+construction the address connected to, and every read and write shares the deadline. A `Line` keeps its connection for the
+next delivery. Success is only what an OTLP receiver would say; a web page with status 200 is not. Type `file` is delivered
+by appending a line.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import email.utils
 import http.client
-import io
 import ipaddress
 import json
 import os
@@ -21,12 +20,15 @@ import ssl
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Mapping
 from datetime import UTC
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from broadcast.destinations import MARK, Address, BadAddress, Destination, Own, Settings, Target, literal, refusal, target
-from broadcast.encoder import connection_test
+import urllib3
+from urllib3 import exceptions as faults
+from urllib3.connection import HTTPConnection, HTTPSConnection
+
+from broadcast.destinations import MARK, Address, Destination, Own, Target, literal, refusal, target
 
 ANSWER_BYTES: Final = 65_536  # the Collector's own exporter reads no more
 RETRIED_STATUS: Final = (429, 502, 503, 504)  # the OTLP specification's list
@@ -68,77 +70,188 @@ class Refused(Exception):
     """The address a name resolved to is one we do not send to."""
 
 
-class Wire:
-    """A connected socket of which every read and write shares one deadline: a peer that trickles cannot stretch it."""
+# What the two mixins stand on in each of their uses.
+if TYPE_CHECKING:
+    from socket import socket as _AnySocket
 
-    def __init__(self, connection: socket.socket, deadline: float) -> None:
-        self._socket, self._deadline = connection, deadline
-        self.ended = False
+    from urllib3.connection import HTTPConnection as _AnyConnection
+else:
+    _AnySocket = _AnyConnection = object
 
-    def _in_time(self) -> socket.socket:
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        self._socket.settimeout(left)
-        return self._socket
 
-    def sendall(self, data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            view = view[self._in_time().send(view) :]
+class _Timed(_AnySocket):
+    """What makes all reads and writes of a socket share one deadline: a peer that trickles cannot stretch it."""
 
-    def recv_into(self, buffer: Any) -> int:
-        n = self._in_time().recv_into(buffer)
-        self.ended = self.ended or not n
+    deadline = 0.0
+    heard = False  # a byte has come since `begin`
+    ended = False
+
+    def begin(self, deadline: float) -> None:
+        self.deadline, self.heard = deadline, False
+
+    def recv_into(self, *args: Any) -> int:
+        self._in_time()
+        n: int = super().recv_into(*args)
+        self.heard, self.ended = self.heard or n > 0, not n
         return n
 
-    def makefile(self, *_: Any) -> io.BufferedReader:
-        return io.BufferedReader(_Reading(self))
+    def send(self, *args: Any) -> int:
+        self._in_time()
+        return super().send(*args)
+
+    def sendall(self, *args: Any) -> None:
+        self._in_time()
+        super().sendall(*args)  # a plain socket's timeout is for all of it, and a TLS socket's sendall calls send
+
+    def _in_time(self) -> None:
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self.settimeout(left)
+
+
+class _PlainSocket(_Timed, socket.socket):
+    pass
+
+
+class _TlsSocket(_Timed, ssl.SSLSocket):
+    pass
+
+
+class _Checked(_AnyConnection):
+    """A connection that its line dials."""
+
+    def __init__(self, *args: Any, line: Line, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self._line = line
+
+    def _new_conn(self) -> socket.socket:
+        return self._line.dial()
+
+    def connect(self) -> None:
+        super().connect()
+        self._line.connected(self.sock)
+
+
+class _PlainConnection(_Checked, HTTPConnection):
+    pass
+
+
+class _TlsConnection(_Checked, HTTPSConnection):
+    pass
+
+
+class Line:
+    """The way to one target: at most one connection, kept between deliveries; for one thread, but for `cut`."""
+
+    def __init__(self, to: Target) -> None:
+        self.to = to
+        self._pool: urllib3.HTTPConnectionPool | None = None
+        self._socket: _Timed | None = None
+        self._deadline, self._own = 0.0, list[tuple[str, int]]()
+        self._is_cut = False
+
+    def exchange(self, body: bytes, timeout: float, own: Own) -> Answer:
+        """Send one OTLP JSON request and judge the answer; never raises for anything the peer or the network does."""
+        self._deadline, self._own = time.monotonic() + timeout, list(own)
+        kept = self._socket
+        if kept:
+            kept.begin(self._deadline)
+        answer = self._try(body, timeout)
+        if answer.cause == "cut" and kept and self._socket is kept and not kept.heard:
+            self.close()
+            answer = self._try(body, timeout)  # a server may close what is idle just as it is used again
+        if answer.cause in RETRIED_CAUSES:
+            self.close()
+        return answer
 
     def close(self) -> None:
-        """Nothing: http.client calls it for `Connection: close`, before it reads the body."""
+        """Close the connection; the next delivery makes another."""
+        pool, self._pool, self._socket = self._pool, None, None
+        if pool:
+            pool.close()
 
     def cut(self) -> None:
-        """Wake whoever waits on it, from another thread."""
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+        """Wake whoever waits on it, from another thread, for good."""
+        self._is_cut = True
+        if connected := self._socket:
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(connected, socket.SHUT_RDWR)  # not SSLSocket's, which is for its own thread
 
-    def hang_up(self) -> None:
-        self._socket.close()
+    def dial(self) -> socket.socket:
+        """Resolve once, refuse if any address is refused, connect to exactly what was checked."""
+        self._socket = None
+        addresses = _resolve(self.to.host, self.to.port, self._deadline)
+        for address in addresses:
+            if why := refusal(address, self.to.port, self._own):
+                raise Refused(why)
+        plain = _PlainSocket(fileno=_dial(addresses, self.to.port, self._deadline).detach())
+        plain.begin(self._deadline)
+        plain.settimeout(max(0.001, self._deadline - time.monotonic()))  # for a TLS handshake it counts as a whole
+        return plain
+
+    def connected(self, sock: Any) -> None:
+        self._socket = sock
+        sock.begin(self._deadline)
+        if self._is_cut:
+            self.cut()
+
+    def _try(self, body: bytes, timeout: float) -> Answer:
+        try:
+            return self._converse(body, timeout)
+        except (Refused, OSError, http.client.HTTPException, faults.HTTPError) as error:
+            return _failed(_root(error), self._socket is not None, timeout)
+
+    def _converse(self, body: bytes, timeout: float) -> Answer:
+        to, headers = self.to, {"Host": self.to.authority, "Content-Type": "application/json", "Accept-Encoding": "identity"}
+        if not to.plain:
+            packer = zlib.compressobj(5, zlib.DEFLATED, 31)  # 31: as gzip
+            body = packer.compress(body) + packer.flush()
+            headers["Content-Encoding"] = "gzip"
+        headers |= {"User-Agent": "opensourcellmrouter"} | to.headers
+        self._pool = self._pool or _pool(self)
+        how: dict[str, Any] = {"redirect": False, "retries": False, "preload_content": False}
+        response = self._pool.urlopen(to.method, to.path, body, headers, timeout=urllib3.Timeout(total=timeout), **how)
+        with contextlib.closing(response):  # kept all the same if it has been read to its end
+            if self._socket and self._socket.ended:  # within the head, which http.client takes for its end
+                raise http.client.IncompleteRead(b"")
+            return judge(response.status, response.headers, response.read(ANSWER_BYTES + 1), to)
 
 
-class _Reading(io.RawIOBase):
-    def __init__(self, wire: Wire) -> None:
-        self._wire = wire
+def _pool(line: Line) -> urllib3.HTTPConnectionPool:
+    """urllib3's pool of one connection that the line dials."""
+    to = line.to
+    if to.scheme == "http":
+        pool = urllib3.HTTPConnectionPool(to.host, to.port, line=line)
+    else:
+        pool = urllib3.HTTPSConnectionPool(to.host, to.port, ssl_context=tls_context(), line=line)
+    pool.ConnectionCls = _PlainConnection if to.scheme == "http" else _TlsConnection
+    return pool
 
-    def readable(self) -> bool:
-        return True
 
-    def readinto(self, buffer: Any) -> int:
-        return self._wire.recv_into(buffer)
-
-
-def exchange(to: Target, body: bytes, timeout: float, own: Own, opened: Callable[[Wire], None] = lambda _: None) -> Answer:
-    """Send one OTLP JSON request and judge the answer; never raises for anything the peer or the network does."""
-    deadline, wire = time.monotonic() + timeout, None
+def exchange(to: Target, body: bytes, timeout: float, own: Own) -> Answer:
+    """One delivery on a connection of its own."""
+    line = Line(to)
     try:
-        wire = _connect(to, deadline, list(own))
-        opened(wire)
-        return _converse(to, body, wire)
-    except (Refused, OSError, http.client.HTTPException) as error:
-        return _failed(error, wire is not None, timeout)
+        return line.exchange(body, timeout, own)
     finally:
-        if wire:
-            wire.hang_up()
+        line.close()
 
 
-def _failed(error: Exception, connected: bool, timeout: float) -> Answer:
+def _root(error: BaseException) -> BaseException:
+    """What lies at the bottom of urllib3's wrappings."""
+    while isinstance(error, faults.ProtocolError | faults.SSLError) and isinstance(error.args[-1], Exception):
+        error = error.args[-1]
+    return error
+
+
+def _failed(error: BaseException, connected: bool, timeout: float) -> Answer:
     match error:
         case Refused():
             return Answer("address", f"Not sent: {error}")
         case socket.gaierror():
             return Answer("dns", "The host name could not be resolved")
-        case TimeoutError():
+        case TimeoutError() | faults.TimeoutError():
             return Answer("timeout", f"No complete answer within {timeout:g} s")
         case ssl.SSLCertVerificationError():
             return Answer("tls", f"The certificate was not accepted: {error.verify_message}")
@@ -146,6 +259,8 @@ def _failed(error: Exception, connected: bool, timeout: float) -> Answer:
             return Answer("tls", "The TLS connection failed")
         case ConnectionRefusedError():
             return Answer("connect", "The connection was refused")
+        case faults.InvalidChunkLength():
+            return Answer("garbage", "The answer is not HTTP")
         case ConnectionError() | http.client.IncompleteRead():
             return Answer("cut", "The connection was cut before the answer was complete")
         case OSError() if not connected:
@@ -153,23 +268,6 @@ def _failed(error: Exception, connected: bool, timeout: float) -> Answer:
         case OSError():
             return Answer("cut", "The connection was lost")
     return Answer("garbage", "The answer is not HTTP")
-
-
-def _connect(to: Target, deadline: float, own: Own) -> Wire:
-    """Resolve once, refuse if any address is refused, connect to exactly what was checked."""
-    addresses = _resolve(to.host, to.port, deadline)
-    for address in addresses:
-        if why := refusal(address, to.port, own):
-            raise Refused(why)
-    plain = _dial(addresses, to.port, deadline)
-    if to.scheme == "http":
-        return Wire(plain, deadline)
-    try:
-        plain.settimeout(max(0.001, deadline - time.monotonic()))  # counted against the handshake as a whole
-        return Wire(tls_context().wrap_socket(plain, server_hostname=to.host), deadline)
-    except BaseException:
-        plain.close()
-        raise
 
 
 def _dial(addresses: list[Address], port: int, deadline: float) -> socket.socket:
@@ -211,35 +309,16 @@ def tls_context() -> ssl.SSLContext:
     """One for all, made when first needed: reading the certificates takes longer than many a delivery."""
     if not _tls:
         _tls.append(ssl.create_default_context())
+    _tls[0].sslsocket_class = _TlsSocket
     return _tls[0]
 
 
-def _converse(to: Target, body: bytes, wire: Wire) -> Answer:
-    headers = {"Host": to.authority, "Content-Type": "application/json", "Accept-Encoding": "identity"}
-    if not to.plain:
-        packer = zlib.compressobj(5, zlib.DEFLATED, 31)  # 31: as gzip
-        body = packer.compress(body) + packer.flush()
-        headers["Content-Encoding"] = "gzip"
-    connection = http.client.HTTPConnection(to.host, to.port)
-    connection.sock = wire
-    connection.request(to.method, to.path, body, headers | {"User-Agent": "opensourcellmrouter"} | to.headers)
-    with connection.getresponse() as response:
-        if wire.ended:  # within the head, which http.client takes for its end
-            raise http.client.IncompleteRead(b"")
-        read = response.read(ANSWER_BYTES + 1)
-        if response.length and len(read) <= ANSWER_BYTES:
-            raise http.client.IncompleteRead(read, response.length)
-        return judge(response.status, response.headers, read, to)
-
-
-def judge(status: int, headers: http.client.HTTPMessage, body: bytes, to: Target) -> Answer:
+def judge(status: int, headers: Mapping[str, str], body: bytes, to: Target) -> Answer:
     """Success is a 2xx with nothing in it, or with an OTLP answer that rejects nothing."""
     if 300 <= status < 400:
         return Answer("redirect", f"Redirected (HTTP {status}); redirects are not followed", status)
     if not 200 <= status < 300:
         return Answer("http", f"HTTP {status}", status, retry_after=retry_after(headers.get("Retry-After")))
-    if headers.get("Content-Encoding", "identity").lower() != "identity":
-        body = _inflate(body)
     if len(body) > ANSWER_BYTES:
         return Answer("too_long", f"HTTP {status} with more than {ANSWER_BYTES} bytes, which is no OTLP answer", status)
     kind, text = headers.get("Content-Type", "").lower(), body.strip()
@@ -290,13 +369,6 @@ def _scrub(text: str, to: Target) -> str:
     return "".join(char if char.isprintable() else " " for char in text[:200])
 
 
-def _inflate(body: bytes) -> bytes:
-    try:
-        return zlib.decompressobj(47).decompress(body, ANSWER_BYTES + 1)  # 47: gzip or zlib
-    except zlib.error:
-        return b"not gzip"
-
-
 def retry_after(value: str | None) -> float:
     """Seconds that a Retry-After header asks for, as seconds or as a date; 0 for anything else."""
     text = (value or "").strip()
@@ -336,106 +408,22 @@ def _append_line(descriptor: int, body: bytes) -> None:
         raise
 
 
-def send(d: Destination, body: bytes, timeout: float, own: Own, opened: Callable[[Wire], None] = lambda _: None) -> Answer:
-    """Deliver one document to a destination of any type."""
-    return append(d.path, body) if d.type == "file" else exchange(target(d), body, timeout, own, opened)
+class Carrier:
+    """Delivers to one destination of any type, one document at a time."""
 
+    def __init__(self, d: Destination) -> None:
+        self.destination = d
+        self._line = None if d.type == "file" else Line(target(d))
 
-# -- the test, and what its outcome means
+    def send(self, body: bytes, timeout: float, own: Own) -> Answer:
+        return self._line.exchange(body, timeout, own) if self._line else append(self.destination.path, body)
 
-LONGEST_TEST: Final = 15.0
-BAD_URL: Final = "Use the http:// or https:// address that takes OTLP over HTTP, usually ending in /v1/traces."
+    def close(self) -> None:
+        """Let go of what is kept between deliveries; another may follow."""
+        if self._line:
+            self._line.close()
 
-
-def try_out(d: Destination, settings: Settings, own: Own) -> dict[str, Any]:
-    """Send the test span to exactly this destination: {ok, status, latency_ms, message, advice}."""
-    begun = time.monotonic()
-    if d.type == "file":
-        answer = append(d.path, b"")
-    else:
-        to = target(d)
-        to = to._replace(headers=to.headers | {"X-Test-Connection": "true"}) if to.plain else to
-        test = connection_test(settings.service_name, int(time.time() * 1000))
-        answer = exchange(to, test, min(settings.timeout, LONGEST_TEST), own)
-    return _result(answer, round((time.monotonic() - begun) * 1000), "" if answer.cause == "ok" else advise(d, answer))
-
-
-def not_tried(error: BadAddress) -> dict[str, Any]:
-    """What a test comes to if nothing can be sent to the URL as it is written."""
-    return _result(Answer("address", str(error)), 0, BAD_URL)
-
-
-def _result(answer: Answer, latency: int, advice: str) -> dict[str, Any]:
-    ok = answer.cause == "ok"
-    return {"ok": ok, "status": answer.status, "latency_ms": latency, "message": answer.message, "advice": advice}
-
-
-GATEWAY: Final = "use https://otlp-gateway-prod-<region>.grafana.net, not the address of your Grafana"
-Applies = Callable[[Destination, Target], bool]
-
-
-def _of(*types: str) -> Applies:
-    return lambda d, _: d.type in types
-
-
-GRAFANA: Final = _of("grafana")
-
-
-def _port(port: int) -> Applies:
-    return lambda _, to: to.port == port
-
-
-def _any(_: Destination, __: Target) -> bool:
-    return True
-
-
-def _odd_path(_: Destination, to: Target) -> bool:
-    return not to.path.partition("?")[0].rstrip("/").endswith("/v1/traces")
-
-
-# cause ("" is any), statuses (none is any), when it applies, the likely cause in one sentence. The first that fits.
-HINTS: Final[tuple[tuple[str, tuple[int, ...], Applies, str], ...]] = (
-    ("", (), _port(4317), "Port 4317 is OTLP over gRPC; OTLP over HTTP usually listens on 4318."),
-    ("", (), _port(16686), "Port 16686 is Jaeger's web page; Jaeger takes OTLP over HTTP on 4318."),
-    ("", (), _port(3200), "Port 3200 is Tempo's query API; Tempo takes OTLP over HTTP on 4318."),
-    ("address", (), _any, "Cloud metadata, link-local addresses and the router itself are refused; name the receiver's own."),
-    ("dns", (), _any, "Check the spelling of the host name, and that this machine can resolve it."),
-    ("tls", (), _any, "No TLS is spoken there, or the certificate is not of that name or of a CA known here (SSL_CERT_FILE)."),
-    ("connect", (), _any, "Is the receiver running, the port right (4318 for OTLP over HTTP), no firewall between?"),
-    ("timeout", (), _any, "A firewall may swallow it, or the receiver is overloaded; broadcast.timeout is the limit."),
-    ("cut", (), _any, "Something closed the connection: often http:// sent to a TLS port, or a proxy between."),
-    ("html", (), GRAFANA, f"That is a web page, not the gateway: {GATEWAY}."),
-    ("html", (), _any, "That is a web page, not the gateway: use the address for OTLP, usually ending in /v1/traces."),
-    ("redirect", (), GRAFANA, f"That is not the gateway: {GATEWAY}."),
-    ("redirect", (), lambda _, to: to.scheme == "http", "Try https://, where most redirects lead; nothing is sent after one."),
-    ("redirect", (), _any, "Use the address it leads to; often that is a sign-in page, and the URL is not the gateway's."),
-    ("rejected", (), _any, "The receiver took the request but not the span: check its limits, data set and the key's rights."),
-    ("too_long", (), _any, "Whatever answers there is not an OTLP receiver: check host, port and path."),
-    ("garbage", (), _any, "Something answers, but not as an OTLP/HTTP receiver: check host, port and path."),
-    ("disk", (), _any, "Check the path, its permissions and the free space."),
-    ("http", (401, 403), GRAFANA, "Instance id and token are joined as Basic: check the stack's id and the right traces:write."),
-    ("http", (401, 403), _of("axiom"), "Check that the token may ingest and that the data set has exactly that name."),
-    ("http", (401, 403), _of("honeycomb"), "Check the key, and its region (api.honeycomb.io, api.eu1.honeycomb.io)."),
-    ("http", (400, 401, 503), _of("tempo"), "With multi-tenancy on, Tempo refuses spans without a tenant: fill it in."),
-    ("http", (401,), _any, "The key is missing or wrong: check the header, also whether it needs the word Bearer or Basic."),
-    ("http", (403,), _any, "The key is known but may not write traces: check its permissions."),
-    ("http", (404,), GRAFANA, "Check the region: https://otlp-gateway-prod-<region>.grafana.net."),
-    ("http", (404,), _odd_path, "The path is used as it is: it usually ends in /v1/traces."),
-    ("http", (404,), _any, "Nothing takes traces at that path: check host and path."),
-    ("http", (405,), _any, "The address does not take this method: the path is probably not the receiver's."),
-    ("http", (400,), _any, "The receiver did not understand: does it take OTLP as JSON, and are its headers complete?"),
-    ("http", (413,), _any, "The receiver's size limit is very low: raise it there."),
-    ("http", (415,), _any, "It does not take OTLP as JSON (some take protobuf only): put an OpenTelemetry Collector between."),
-    ("http", (429,), _any, "The receiver limits the rate: try again later, or lower the sampling rate."),
-    ("http", (502, 503, 504), _any, "The receiver, or what is behind it, is down or overloaded: try again later."),
-    ("", (), _any, "Look into the receiver's log for the reason."),
-)
-
-
-def advise(d: Destination, answer: Answer) -> str:
-    """The likely cause of a failure, in one sentence."""
-    to = target(d) if d.type != "file" else Target("", "", 0, "", "", {}, False)
-    for cause, status, applies, said in HINTS:
-        if cause in ("", answer.cause) and (not status or answer.status in status) and applies(d, to):
-            return said
-    return ""
+    def cut(self) -> None:
+        """End a delivery that waits, from another thread, and every later one."""
+        if self._line:
+            self._line.cut()

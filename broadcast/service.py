@@ -37,8 +37,8 @@ from broadcast.destinations import (
     unmask,
 )
 from broadcast.encoder import Record, digest, encode
-from broadcast.exchange import not_tried, try_out
 from broadcast.store import Store
+from broadcast.trial import not_tried, try_out
 
 __all__ = ["Broadcast", "Destination", "Settings", "encode", "replay"]
 

@@ -26,12 +26,14 @@ class Reply:
     trickle: float = 0.0  # between single bytes
     reset: bool = False  # RST instead of an answer
     hang: bool = False  # no answer until the end of the test
+    keep: bool = False  # the connection stays open for another request
     raw: bytes | None = None
 
     def wire(self) -> bytes:
         if self.raw is not None:
             return self.raw
-        headers = {"Content-Length": str(len(self.body)), "Connection": "close"} | self.headers
+        closing = {} if self.keep else {"Connection": "close"}
+        headers = {"Content-Length": str(len(self.body))} | closing | self.headers
         head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         return f"HTTP/1.1 {self.status} Somehow\r\n{head}\r\n".encode("latin-1") + self.body
 
@@ -69,9 +71,9 @@ class FakeCollector:
         self._script, self._tls, self._host = list(script) or [OK], tls, host
         self._lock = threading.Lock()
         self.received: list[Received] = []
-        self.connections = 0
+        self.connections = self.open = 0
         self._ended = threading.Event()
-        self._listener = socket.create_server((host, 0), backlog=128)
+        self._listener = socket.create_server((host, 0), backlog=128, family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         self.port: int = self._listener.getsockname()[1]
         self._thread = threading.Thread(target=self._serve, daemon=True)
 
@@ -112,37 +114,45 @@ class FakeCollector:
             threading.Thread(target=self._talk, args=(connection,), daemon=True).start()
 
     def _talk(self, connection: socket.socket) -> None:
+        with self._lock:
+            self.open += 1
         with connection:
             try:
                 connection.settimeout(30)
                 stream = self._tls.wrap_socket(connection, server_side=True) if self._tls else connection
                 with stream:
-                    self._answer(stream)
+                    while self._answer(stream):
+                        pass
             except (OSError, ValueError):
                 return  # the other side left: that is what is being tested
+            finally:
+                with self._lock:
+                    self.open -= 1
 
-    def _answer(self, stream: socket.socket) -> None:
+    def _answer(self, stream: socket.socket) -> bool:
+        """Answer one request; true if another may come on this connection."""
         received = read_request(stream)
         if received is None:
-            return
+            return False
         with self._lock:
             self.received.append(received)
             reply = self._script.pop(0) if len(self._script) > 1 else self._script[0]
         if reply.hang:
             self._ended.wait(60)
-            return
+            return False
         if reply.wait:
             self._ended.wait(reply.wait)
         if reply.reset:
             stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            return
+            return False
         if not reply.trickle:
             stream.sendall(reply.wire())
-            return
+            return reply.keep
         for byte in reply.wire():
             stream.sendall(bytes([byte]))
             if self._ended.wait(reply.trickle):
-                return
+                return False
+        return reply.keep
 
 
 def read_request(stream: socket.socket) -> Received | None:

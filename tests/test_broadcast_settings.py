@@ -6,7 +6,6 @@ import base64
 import ipaddress
 import json
 import os
-import shutil
 import socket
 import ssl
 import subprocess
@@ -24,7 +23,7 @@ from fake_collector import OK, FakeCollector, Reply, until
 
 from broadcast import Broadcast, Destination, Settings, delivery, exchange
 from broadcast.destinations import BadAddress, mask, refusal, target
-from broadcast.exchange import try_out
+from broadcast.trial import try_out
 
 ROOT = Path(__file__).parent.parent
 CAPTURE = ROOT / "tests" / "wire" / "broadcast" / "openrouter-connection-test.capture.json"
@@ -382,19 +381,6 @@ def test_the_first_address_that_answers_is_used(tmp_path: Path, receiver: FakeCo
     with running(tmp_path, collector("a", f"http://two.example:{receiver.port}/v1/traces")) as made:
         made.sink(RECORD)
         assert settled(made, "a", 1)["delivered"] == 1
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if not shutil.which("openssl"):
-        pytest.skip("openssl, which makes the certificate, is not installed")
-    path = tmp_path_factory.mktemp("tls") / "both.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
-    command += ["-keyout", str(path), "-out", str(path) + ".crt", "-subj", "/CN=collector.example"]
-    command += ["-addext", "subjectAltName=DNS:collector.example"]
-    subprocess.run(command, check=True, capture_output=True)
-    path.write_text(path.read_text() + Path(f"{path}.crt").read_text())
-    return path
 
 
 def test_tls_is_verified_against_the_name_in_the_url(tmp_path: Path, certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
