@@ -417,7 +417,7 @@ class App:
 
     def __init__(self, config: Config, environ: Mapping[str, str] = os.environ, source: str = "config.toml") -> None:
         """Raises ConfigError if a key that the configuration names is missing or unusable."""
-        self.config = config
+        self.config, self._source = config, source
         self.keys, plan = prepare(config, environ, source)
         self.pipeline = pipeline.Pipeline(plan)
         self.draining = False
@@ -453,23 +453,24 @@ class App:
         self._llm = ASKED
 
     def begin(self) -> None:
-        """Start what runs beside the requests: telemetry, and the search for models where a provider can tell them."""
+        """Start what runs beside the requests: Broadcast, telemetry, and the search for models where a provider can tell
+        them. Raises ConfigError if Broadcast's database cannot be used."""
+        if self.broadcast is None and self._broadcast_wanted(self.config):
+            self._broadcasting(self.config)
         if self.config.telemetry.enabled and self.pipeline.telemetry is None:
             self.pipeline.telemetry = telemetry.start(self.config.telemetry, __version__)
             self.pipeline.sinks.append(self.pipeline.telemetry.sink)
             self.pipeline.propagate = self.config.telemetry.propagate
-        if self._broadcast_wanted():
-            self.broadcasting()
         if self.pipeline.discovery is None and any(lane.discoverable for lane in self.pipeline.plan.lanes.values()):
             self.pipeline.discovery = pipeline.Discovery(self.pipeline)
 
-    def _broadcast_wanted(self) -> bool:
+    def _broadcast_wanted(self, config: Config) -> bool:
         """Is Broadcast on, or may it be: switched on by the page, or with a queue left from an earlier life?"""
-        if self.config.broadcast is None and not self.dashboard:
+        if config.broadcast is None and not self.dashboard:
             return False
         import broadcast
 
-        settings = self.config.broadcast or broadcast.Settings()
+        settings = config.broadcast or broadcast.Settings()
         return bool(settings.enabled) or Path(settings.database).exists()
 
     def reload(self, config: Config, environ: Mapping[str, str], source: str) -> None:
@@ -479,6 +480,7 @@ class App:
         change while the process runs (where it listens, its threads, the log, telemetry) is named in a warning.
         """
         keys, plan = prepare(config, environ, source, self.pipeline.plan)
+        self._reload_broadcast(config)
         for section in ("server", "logging", "telemetry"):
             if getattr(config, section) != getattr(self.config, section):
                 log.warning("%s: [%s] has changed, which counts only after a restart", source, section)
@@ -486,11 +488,22 @@ class App:
         self.config, self.keys, self.pipeline.plan = config, keys, plan
         for lane in gone:
             lane.upstream.retire()
-        if self.broadcast is not None and config.broadcast is not None:
-            self.broadcast.reload(config.broadcast)
         self.begin()
         if self.pipeline.discovery is not None:
             self.pipeline.discovery.again()
+
+    def _reload_broadcast(self, config: Config) -> None:
+        """The same for Broadcast alone; without the section only what the page made goes on."""
+        if self.broadcast is None:
+            if self._broadcast_wanted(config):
+                self._broadcasting(config)
+            return
+        import broadcast
+
+        try:
+            self.broadcast.reload(config.broadcast or broadcast.Settings(database=self.broadcast.settings.database))
+        except ValueError as e:
+            raise ConfigError(f"{self._source}.broadcast.{e}") from None
 
     def in_flight(self) -> int:
         """How many LLM requests are running."""
@@ -670,22 +683,30 @@ class App:
                 raise Refused("the settings API takes application/json", status=415, kind="invalid_request",
                               code="unsupported_media_type", reason="unsupported_media_type")  # fmt: skip
             body = providers.Body(raw).data
-        status, told = self.broadcasting().api(environ["REQUEST_METHOD"], path.removeprefix("/api/v1/observability"), body)
+        try:
+            room = self._broadcasting(self.config)
+        except ConfigError as e:
+            raise RequestError(str(e), status=503, kind="overloaded", code="unavailable") from None
+        status, told = room.api(environ["REQUEST_METHOD"], path.removeprefix("/api/v1/observability"), body)
         allow = told.pop("allow", None) if status == 405 else None
         if "error" in told:
             told["error"]["src"] = "router"
         answer = _json(told, status)
         return dataclasses.replace(answer, headers=[*answer.headers, ("Allow", ", ".join(allow))]) if allow else answer
 
-    def broadcasting(self) -> Any:
-        """The broadcast room, opened when it is first needed: at start if it is configured, else by the settings API."""
+    def _broadcasting(self, config: Config) -> Any:
+        """The broadcast room, opened when it is first needed: at start if it is configured, else by the settings API.
+        Raises ConfigError if its database cannot be used."""
         with self._opening:
             if self.broadcast is None:
                 import broadcast
 
-                settings = self.config.broadcast or broadcast.Settings()
-                self.broadcast = broadcast.Broadcast(settings, listening=self._own_addresses)
-                self.pipeline.sinks.append(self.broadcast.sink)
+                try:
+                    room = broadcast.Broadcast(config.broadcast or broadcast.Settings(), listening=self._own_addresses)
+                except ValueError as e:
+                    raise ConfigError(f"{self._source}.broadcast.{e}") from None
+                self.broadcast = room
+                self.pipeline.sinks.append(room.sink)
         return self.broadcast
 
     def _own_addresses(self) -> set[tuple[str, int]]:
@@ -1098,6 +1119,8 @@ def _reload(app: App, path: Path) -> None:
         app.reload(load(path), os.environ, path.name)
     except ConfigError as e:
         log.error("the configuration stays as it was: %s", e)
+    except Exception as e:  # noqa: BLE001 - a bug of ours in reading a file must not end the requests that run
+        log.error("the configuration could not be read again:\n%s", pipeline.trace_of(e))
     else:
         log.info("%s was read again", path)
 

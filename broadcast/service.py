@@ -142,14 +142,23 @@ class Broadcast:
                 self._open().fit(takers)
 
     def reload(self, settings: Settings) -> None:
-        """Go on with another [broadcast] table; only the database must stay the same."""
+        """Go on with another [broadcast] table. Raises ValueError, and then all stays as it was, if it names another database
+        or the database cannot be used."""
         if settings.database != self.settings.database:
             raise ValueError("database: can only be changed by a restart")
         with self._lock:
-            self.settings = settings
-            if self._delivery:
-                self._delivery.reload(settings)
-            self._refresh()
+            before = self.settings
+            try:
+                self._go_by(settings)
+            except sqlite3.Error as error:
+                self.settings = before
+                raise Unusable(f"database: {settings.database} cannot be used now ({error})") from None
+
+    def _go_by(self, settings: Settings) -> None:
+        self.settings = settings
+        if self._delivery:
+            self._delivery.reload(settings)
+        self._refresh()
 
     def close(self, timeout: float) -> None:
         """Commit what was handed over, deliver what can be within `timeout`, and leave the rest in the database."""
