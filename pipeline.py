@@ -651,7 +651,7 @@ class Run:
         error = self._error
         return {
             "type": "complete", "id": self.id, "ts_ms": self.ts_ms, "ts_ns": self.ts_ns, "generation_id": self.generation_id,
-            "trace_id": self.trace and self.trace.trace_id, "_trace": self.trace,
+            "trace_id": self.trace and self.trace.trace_id, "_trace": self.trace, "_bytes": len(self.request.body.text),
             "outcome": self._outcome, "status": self._status,
             "error": str(error) if error else None, "error_type": error.code if error else None,
             "provider": last.get("provider"), "requested_model": self.requested_model, "sent_model": last.get("model"),

@@ -67,6 +67,8 @@ class Logging:
     content: bool = field(default=True, metadata={"doc": "false: no messages, no response text"})
 
 
+BROADCAST_DATABASE = "state/broadcast.db"
+"""broadcast.Settings' own default, told here so that a router without Broadcast need not import that room to look for it."""
 PARTS = {"plugins": "plugin", "classifiers": "classifier", "response_classifiers": "response_classifier"}
 """The sections of parts -> the function that makes one (see plugins/__init__.py)."""
 
@@ -124,6 +126,12 @@ def load(path: str | Path, environ: Mapping[str, str] = os.environ) -> Config:
 
         settings = reader.read(broadcast.Settings, section, f"{path.name}.broadcast")
         config = dataclasses.replace(config, broadcast=settings)
+        known = [key.name for key in config.api_keys]
+        for i, d in enumerate(settings.destinations):
+            for name in d.api_keys:
+                if name not in known:
+                    place = f"{path.name}.broadcast.destinations[{i}].api_keys"
+                    raise ConfigError(f"{place}: no [[api_keys]] is named {name!r}{_suggest(name, known)}")
     try:
         overridden = telemetry.from_environment(config.telemetry, table.get("telemetry", {}), environ)
     except ValueError as e:
@@ -455,7 +463,7 @@ class App:
     def begin(self) -> None:
         """Start what runs beside the requests: Broadcast, telemetry, and the search for models where a provider can tell
         them. Raises ConfigError if Broadcast's database cannot be used."""
-        if self.broadcast is None and self._broadcast_wanted(self.config):
+        if self.broadcast is None and self.broadcast_wanted(self.config):
             self._broadcasting(self.config)
         if self.config.telemetry.enabled and self.pipeline.telemetry is None:
             self.pipeline.telemetry = telemetry.start(self.config.telemetry, __version__)
@@ -464,14 +472,11 @@ class App:
         if self.pipeline.discovery is None and any(lane.discoverable for lane in self.pipeline.plan.lanes.values()):
             self.pipeline.discovery = pipeline.Discovery(self.pipeline)
 
-    def _broadcast_wanted(self, config: Config) -> bool:
+    def broadcast_wanted(self, config: Config) -> bool:
         """Is Broadcast on, or may it be: switched on by the page, or with a queue left from an earlier life?"""
-        if config.broadcast is None and not self.dashboard:
-            return False
-        import broadcast
-
-        settings = config.broadcast or broadcast.Settings()
-        return bool(settings.enabled) or Path(settings.database).exists()
+        if config.broadcast is None:
+            return Path(BROADCAST_DATABASE).exists()
+        return bool(config.broadcast.enabled) or Path(config.broadcast.database).exists()
 
     def reload(self, config: Config, environ: Mapping[str, str], source: str) -> None:
         """Go by another configuration from the next request on. Raises ConfigError, and then all stays as it was.
@@ -495,7 +500,7 @@ class App:
     def _reload_broadcast(self, config: Config) -> None:
         """The same for Broadcast alone; without the section only what the page made goes on."""
         if self.broadcast is None:
-            if self._broadcast_wanted(config):
+            if self.broadcast_wanted(config):
                 self._broadcasting(config)
             return
         import broadcast
@@ -687,7 +692,8 @@ class App:
             room = self._broadcasting(self.config)
         except ConfigError as e:
             raise RequestError(str(e), status=503, kind="overloaded", code="unavailable") from None
-        status, told = room.api(environ["REQUEST_METHOD"], path.removeprefix("/api/v1/observability"), body)
+        method = "GET" if environ["REQUEST_METHOD"] == "HEAD" else environ["REQUEST_METHOD"]
+        status, told = room.api(method, path.removeprefix("/api/v1/observability"), body)
         allow = told.pop("allow", None) if status == 405 else None
         if "error" in told:
             told["error"]["src"] = "router"
@@ -702,14 +708,15 @@ class App:
                 import broadcast
 
                 try:
-                    room = broadcast.Broadcast(config.broadcast or broadcast.Settings(), listening=self._own_addresses)
+                    room = broadcast.Broadcast(config.broadcast or broadcast.Settings(), listening=self.own_addresses)
                 except ValueError as e:
                     raise ConfigError(f"{self._source}.broadcast.{e}") from None
                 self.broadcast = room
                 self.pipeline.sinks.append(room.sink)
         return self.broadcast
 
-    def _own_addresses(self) -> set[tuple[str, int]]:
+    def own_addresses(self) -> set[tuple[str, int]]:
+        """Where this router listens: never a destination."""
         return set() if self.config.server.unix_socket else {(self.config.server.host, self.port)}
 
     def _sign_in_page(self, environ: Mapping[str, Any], path: str) -> Response:
@@ -1178,7 +1185,7 @@ def doctor(args: Any) -> int:
     out = [p for p in app.config.providers if p.name not in app.pipeline.plan.lanes]
     findings += [(f"provider {p.name}", False, f"left out: set the environment variable {p.api_key_env}") for p in out]
     findings += _telemetry_findings(app.config.telemetry) if app.config.telemetry.enabled else []
-    findings += _broadcast_findings(app.config.broadcast) if app.config.broadcast is not None else []
+    findings += _broadcast_findings(app) if app.broadcast_wanted(app.config) else []
     app.close()
     width = max(len(what) for what, _, _ in findings)
     for what, ok, text in findings:
@@ -1194,10 +1201,14 @@ def _telemetry_findings(settings: telemetry.Settings) -> list[tuple[str, bool, s
     return found
 
 
-def _broadcast_findings(settings: Any) -> list[tuple[str, bool, str]]:
+def _broadcast_findings(app: App) -> list[tuple[str, bool, str]]:
+    """A test span sent to each destination, and what came back."""
     import broadcast
 
-    beside = broadcast.Broadcast(settings, start=False)
+    try:
+        beside = broadcast.Broadcast(app.config.broadcast or broadcast.Settings(), listening=app.own_addresses, start=False)
+    except ValueError as e:
+        return [("broadcast", False, str(e))]
     found = [(f["place"], bool(f["ok"]), f"{f['message']} {f['cure'] or ''}".strip()) for f in beside.doctor()]
     beside.close(1.0)
     return found

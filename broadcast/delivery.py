@@ -1,9 +1,10 @@
 """Records in, requests out: the threads between the requests of this router and the destinations.
 
-One writer takes records from request threads, decides who gets each of them, encodes and commits, a group at a time. One
+A writer takes records from request threads, decides who gets each of them, encodes and commits, a group at a time. One
 worker per destination takes them out of the store and delivers in order, one request at a time, so that a destination which
 hangs delays no other. Nothing is in memory only but what the writer has not committed yet. Regular expressions of filters
-run in a child process. `resend` does a worker's work for the lines of a file.
+run in a child process, and a destination that has some has a writer of its own, so that these delay no other either.
+`resend` does a worker's work for the lines of a file.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from broadcast.destinations import Destination, Entry, Listening, Settings, skip_reason
-from broadcast.encoder import Record, blocks, encode, envelope, fragment, unfit
+from broadcast.destinations import Destination, Entry, Listening, Settings, searches, skip_reason
+from broadcast.encoder import Record, encode, envelope, fragment, halves, unfit
 from broadcast.exchange import Answer, Carrier
 from broadcast.store import Counts, Offers, Store
 
@@ -34,6 +35,8 @@ BACKOFF_MOST = 30.0
 KEEP_IDLE: Final = 5.0  # seconds a connection without work is kept: most servers close it soon after
 GROUP_ITEMS, GROUP_WEIGHT = 256, 4 << 20  # of one commit
 INBOX_ITEMS, INBOX_WEIGHT = 10_000, 64 << 20  # in memory, while the disk does not answer
+
+Takers = tuple[Entry, ...]
 
 _warned: dict[str, float] = {}
 
@@ -102,9 +105,9 @@ class Searcher:
 
 
 def weight(record: Record) -> int:
-    """About how many bytes a record holds, without walking all of it."""
-    inside = sum(len(value) for block in blocks(record) for value in block.values() if isinstance(value, str))
-    return 4_096 + inside + len((record.get("response") or {}).get("content") or "") + len(record.get("system") or "")
+    """About how many bytes a record holds."""
+    answer = record.get("response") or {}
+    return 4_096 + int(record.get("_bytes", 0)) + len(answer.get("content") or "") + len(answer.get("reasoning") or "")
 
 
 class Writer:
@@ -112,45 +115,80 @@ class Writer:
 
     def __init__(self, owner: Delivery) -> None:
         self._owner = owner
-        self._inbox: deque[tuple[Record, int]] = deque()
-        self._weight = self._lost = 0
+        self._inbox: deque[tuple[Record, Takers, int]] = deque()
+        self._weight = 0
+        self._lost: Counter[str] = Counter()  # by destination
+        self._search = Searcher()
         self._lock = threading.Lock()
         self._wake, self._stop = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="broadcast-writer", daemon=True)
         self._thread.start()
 
-    def put(self, record: Record) -> None:
-        """Called in the request's thread: an append."""
+    def put(self, record: Record, takers: Takers) -> None:
+        """Called in the request's thread: an append. `takers` may have the record."""
         try:
             heavy = weight(record)
-        except (TypeError, AttributeError):  # an odd record is dealt with, and counted, where it is encoded
+        except (TypeError, ValueError, AttributeError):  # an odd record is dealt with, and counted, where it is encoded
             heavy = 0
         with self._lock:
-            self._inbox.append((record, heavy))
+            self._inbox.append((record, takers, heavy))
             self._weight += heavy
             if len(self._inbox) > INBOX_ITEMS or (self._weight > INBOX_WEIGHT and len(self._inbox) > 1):
-                self._weight -= self._inbox.popleft()[1]
-                self._lost += 1
+                _, missing, light = self._inbox.popleft()
+                self._weight -= light
+                self._lost.update(entry.id for entry in missing)
         self._wake.set()
 
-    def _take(self) -> tuple[list[Record], int]:
-        group: list[Record] = []
+    def _take(self) -> tuple[list[tuple[Record, Takers]], Counter[str]]:
+        group: list[tuple[Record, Takers]] = []
         heavy = 0
         with self._lock:
             while self._inbox and len(group) < GROUP_ITEMS and heavy < GROUP_WEIGHT:
-                record, one = self._inbox.popleft()
-                group.append(record)
+                record, takers, one = self._inbox.popleft()
+                group.append((record, takers))
                 heavy += one
             self._weight -= heavy
-            lost, self._lost = self._lost, 0
+            lost, self._lost = self._lost, Counter()
         return group, lost
 
     def _run(self) -> None:
         while not (self._stop.is_set() and not self._inbox):
             self._wake.wait()
             self._wake.clear()
-            while (taken := self._take()) != ([], 0):
-                self._commit(*self._owner.offers(*taken))
+            while any(taken := self._take()):
+                self._commit(*self._offers(*taken))
+
+    def _offers(self, group: list[tuple[Record, Takers]], lost: Mapping[str, int]) -> tuple[Offers, Counts]:
+        """What each record means for each destination: a fragment per kind of privacy, and counts of the rest."""
+        counts: Counter[tuple[str, str]] = Counter()
+        offers: Offers = []
+        for identity, n in lost.items():
+            counts[identity, "accepted"] = counts[identity, "dropped:queue_full"] = n
+        for record, takers in group:
+            for privacy in (False, True):
+                wanted = [entry for entry in takers if entry.destination.privacy_mode == privacy]
+                body, taken, reason = self._offer(record, wanted, privacy, counts)
+                if reason:
+                    counts.update({(identity, kind): 1 for identity in taken for kind in ("accepted", f"dropped:{reason}")})
+                elif taken:
+                    offers.append((body, privacy, taken))
+        return offers, counts
+
+    def _offer(
+        self, record: Record, wanted: list[Entry], privacy: bool, counts: Counter[tuple[str, str]]
+    ) -> tuple[bytes, list[str], str]:
+        """The fragment, who takes it, and why nobody can have it."""
+        try:
+            skipped = {entry.id: skip_reason(entry.destination, record, self._search) for entry in wanted}
+            counts.update((identity, f"skipped:{reason}") for identity, reason in skipped.items() if reason)
+            taken = [identity for identity, reason in skipped.items() if not reason]
+            settings = self._owner.settings
+            self._owner.given.update(dict.fromkeys(taken, record))
+            body = fragment(document(record, privacy, settings)) if taken else b""
+            return body, taken, "too_large" if len(body) > settings.queue_max_bytes else ""
+        except Exception as error:  # noqa: BLE001 - one record must not stop the others
+            log.error("broadcast: a record could not be encoded: %s", type(error).__name__)
+            return b"", [entry.id for entry in wanted], "encode_error"
 
     def _commit(self, offers: Offers, counts: Counts) -> None:
         pause = 0.1
@@ -164,13 +202,14 @@ class Writer:
                     log.error("broadcast: %d records were not written to the queue", len(offers))
                     return
                 pause = min(2.0, pause * 2)
-        self._owner.wake({destination for _, destinations in offers for destination in destinations})
+        self._owner.wake({destination for _, _, destinations in offers for destination in destinations})
 
     def stop(self, timeout: float) -> None:
         """Commit what was handed over, then end."""
         self._stop.set()
         self._wake.set()
         self._thread.join(max(0.0, timeout))
+        self._search.close()
 
 
 class Worker:
@@ -241,14 +280,21 @@ class Worker:
         if not batch:
             emptied, self._until, self._tries = bool(self._until), 0, 0  # what was tried again made room for newer ones
             return emptied
-        answer, sent = self._send(entry.destination, envelope(body for _, body in batch)), [seq for seq, _ in batch]
+        open_ = [waiting.seq for waiting in batch if not waiting.private] if entry.destination.privacy_mode else []
+        if open_:  # from before privacy was switched on
+            store.discard(entry.id, open_, "privacy")
+            return True
+        document, sent = envelope(waiting.body for waiting in batch), [waiting.seq for waiting in batch]
+        answer = self._send(entry.destination, document)
         if answer.status == 413 and len(batch) > 1:
             self._most = len(batch) // 2
         elif answer.retry:
             self._again(entry, sent, answer)
             return not self._leave
         else:
-            self._settle(entry, sent, answer, "" if answer.cause in ("ok", "rejected") else answer.reason)
+            lost = -(-answer.rejected * len(batch) // max(1, document.count(b'"spanId":')))  # of records, told in spans
+            dropped = "" if answer.cause in ("ok", "rejected") else answer.reason
+            self._settle(entry, sent, answer._replace(rejected=lost), dropped)
         return True
 
     def _send(self, d: Destination, body: bytes) -> Answer:
@@ -306,30 +352,30 @@ class Delivery:
     `put` may be called by any thread; `fit`, `reload` and `close` by one at a time.
     """
 
-    def __init__(self, store: Store, settings: Settings, listening: Listening, search: Searcher) -> None:
+    def __init__(self, store: Store, settings: Settings, listening: Listening) -> None:
         self.store, self.settings, self.listening = store, settings, listening
         self.given: dict[str, Record] = {}  # the last record that was for a destination
-        self._search = search
-        self._writer: Writer | None = None
+        self._writers: dict[str, Writer] = {}  # "" for all whose filters are quick, else by destination
         self._workers: dict[str, Worker] = {}
-        self._takers: tuple[Entry, ...] = ()
+        self._takers: tuple[tuple[Writer, Takers], ...] = ()
 
     def put(self, record: Record) -> None:
         """Take a finished request's record. Never waits, never raises."""
-        if writer := self._writer:
-            writer.put(record)
+        for writer, takers in self._takers:
+            writer.put(record, takers)
 
     def fit(self, takers: Iterable[Entry]) -> None:
         """Let the threads fit the destinations that take records now; none without one."""
         active = {entry.id: entry for entry in takers}
-        self._takers = tuple(active.values())
         gone = [self._workers.pop(identity) for identity in list(self._workers) if identity not in active]
-        if active and not self._writer:
-            self._writer = Writer(self)
-        elif not active and self._writer:
-            writer, self._writer = self._writer, None
+        shares: dict[str, list[Entry]] = {}
+        for entry in active.values():
+            shares.setdefault(entry.id if searches(entry.destination) else "", []).append(entry)
+        needed = {key: self._writers.get(key) or Writer(self) for key in shares}
+        idle = [writer for key, writer in self._writers.items() if key not in needed]
+        self._writers, self._takers = needed, tuple((writer, tuple(shares[key])) for key, writer in needed.items())
+        for writer in idle:
             writer.stop(2.0)
-            self._search.close()
         for identity, entry in active.items():
             if identity not in self._workers:
                 self._workers[identity] = Worker(self, entry)
@@ -343,44 +389,12 @@ class Delivery:
 
     def close(self, deadline: float) -> None:
         """Commit what was handed over, deliver what can be until then, and leave the rest in the store."""
-        writer, self._writer = self._writer, None
+        writers, self._writers, self._takers = self._writers.values(), {}, ()
         workers, self._workers = list(self._workers.values()), {}
-        if writer:
+        for writer in writers:
             writer.stop(max(0.5, deadline - time.monotonic()))
         end(workers, deadline)
         self.store.close()
-
-    def offers(self, group: list[Record], lost: int) -> tuple[Offers, Counts]:
-        """What each record means for each destination: a fragment per kind of privacy, and counts of the rest."""
-        counts: Counter[tuple[str, str]] = Counter()
-        offers: Offers = []
-        takers = self._takers
-        for entry in takers if lost else ():
-            counts[entry.id, "accepted"] = counts[entry.id, "dropped:queue_full"] = lost
-        for record in group:
-            for privacy in (False, True):
-                wanted = [entry for entry in takers if entry.destination.privacy_mode == privacy]
-                body, taken, reason = self._offer(record, wanted, privacy, counts)
-                if reason:
-                    counts.update({(identity, kind): 1 for identity in taken for kind in ("accepted", f"dropped:{reason}")})
-                elif taken:
-                    offers.append((body, taken))
-        return offers, counts
-
-    def _offer(
-        self, record: Record, wanted: list[Entry], privacy: bool, counts: Counter[tuple[str, str]]
-    ) -> tuple[bytes, list[str], str]:
-        """The fragment, who takes it, and why nobody can have it."""
-        try:
-            skipped = {entry.id: skip_reason(entry.destination, record, self._search) for entry in wanted}
-            counts.update((identity, f"skipped:{reason}") for identity, reason in skipped.items() if reason)
-            taken = [identity for identity, reason in skipped.items() if not reason]
-            self.given.update(dict.fromkeys(taken, record))
-            body = fragment(document(record, privacy, self.settings)) if taken else b""
-            return body, taken, "too_large" if len(body) > self.settings.queue_max_bytes else ""
-        except Exception as error:  # noqa: BLE001 - one record must not stop the others
-            log.error("broadcast: a record could not be encoded: %s", type(error).__name__)
-            return b"", [entry.id for entry in wanted], "encode_error"
 
     def wake(self, destinations: Iterable[str]) -> None:
         for worker in map(self._workers.get, destinations):
@@ -414,14 +428,30 @@ def resend(path: str, d: Destination, settings: Settings, listening: Listening) 
     counts: Counter[str] = Counter()
     last_error = None
     with Path(path).open("rb") as file, contextlib.closing(Carrier(d)) as carrier:
+        if d.type == "file" and Path(d.path).exists() and Path(d.path).samefile(path):
+            raise ValueError(f"--to: {d.name!r} writes to this very file")
         for line in file:
-            reason = unfit(line, d.privacy_mode)
-            if not reason:
-                answer = _insist(carrier, line.strip(), settings, listening)
-                reason, last_error = ("", last_error) if answer.cause == "ok" else (answer.reason, answer.message)
-            counts.update([reason])
+            for reason, error in _resend_line(carrier, line.strip(), d.privacy_mode, settings, listening):
+                counts.update([reason])
+                last_error = error or last_error
     delivered = counts.pop("", 0)
     return {"lines": delivered + counts.total(), "delivered": delivered, "dropped": dict(counts), "last_error": last_error}
+
+
+def _resend_line(
+    carrier: Carrier, line: bytes, privacy: bool, settings: Settings, listening: Listening
+) -> Iterator[tuple[str, str | None]]:
+    """Why the line, or each part of one that had to be cut, was dropped (nothing: it was not), and the error."""
+    if reason := unfit(line, privacy):
+        yield reason, None
+        return
+    answer = _insist(carrier, line, settings, listening)
+    parts = halves(line) if answer.status == 413 else []
+    if len(parts) > 1:
+        for part in parts:
+            yield from _resend_line(carrier, part, privacy, settings, listening)
+    else:
+        yield ("", None) if answer.cause == "ok" else (answer.reason, answer.message)
 
 
 def _insist(carrier: Carrier, line: bytes, settings: Settings, listening: Listening) -> Answer:

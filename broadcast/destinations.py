@@ -27,6 +27,10 @@ class BadAddress(ValueError):
     """A URL we do not send to; in the settings API that is a failed test rather than a malformed request."""
 
 
+class RefusedAddress(BadAddress):
+    """One that we would not send to if there were anything there."""
+
+
 class Target(NamedTuple):
     """Where one request goes."""
 
@@ -200,6 +204,8 @@ def _check_fields(d: Destination) -> None:
         given = value not in ("", {}) and (name, value) != ("method", "POST")
         if given and name not in required + optional:
             raise ValueError(f"{name}: type {d.type} has no such field, only {', '.join(required + optional)}")
+        if isinstance(value, str) and name not in SECRETS and "${" in value:
+            raise ValueError(f"{name}: ${{NAME}} is read in headers, api_key, token and access_token only")
         if not given and name in required:
             raise ValueError(f"{name}: required for type {d.type}")
         in_a_header = name not in (*URLS, "headers", "method", "path")
@@ -260,7 +266,7 @@ def _split(url: str, key: str) -> tuple[str, str, int, str]:
     if not port:
         raise BadAddress(f"{key}: port 0 cannot be connected to")
     if (address := literal(host)) and (why := refusal(address, port, ())):
-        raise BadAddress(f"{key}: {why}")
+        raise RefusedAddress(f"{key}: {why}")
     path, query = (urllib.parse.quote(part, safe="/%:@!$&'()*+,;=~-._") for part in (parts.path or "/", parts.query))
     return parts.scheme, host, port, f"{path}?{query}" if query else path
 
@@ -442,6 +448,12 @@ def skip_reason(d: Destination, record: Record, search: Search) -> str | None:
         return None
     values = _filtered(record)
     return None if any(_group(group, values, search) for group in groups) else "filter"
+
+
+def searches(d: Destination) -> bool:
+    """Do its filters need regular expressions, which may take their time?"""
+    groups = d.filter_rules.get("groups", []) if d.filter_rules.get("enabled", True) else []
+    return any(rule.get("operator") == "regex" for group in groups for rule in group.get("rules", []))
 
 
 def _filtered(record: Record) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Final
 
@@ -31,6 +31,7 @@ RESERVED: Final = ("trace_id", "parent_span_id", *NAMES)
 HEX32, HEX16 = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{16}")
 UUID_FORM = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 OUR_WORD = re.compile(r"[a-z][a-z0-9_.]{0,63}")
+MODEL_NAME, FINISH_WORD = re.compile(r"[\w./:@+-]{1,128}", re.ASCII), re.compile(r"[A-Za-z][A-Za-z_-]{0,31}")
 REASONING_LEVELS: Final = frozenset(("none", "minimal", "low", "medium", "high", "xhigh", "max"))
 OUTPUT_TYPES: Final = {"json_schema": "json", "json_object": "json", "text": "text"}
 
@@ -86,6 +87,17 @@ def connection_test(service_name: str, now_ms: int) -> bytes:
     span |= {"startTimeUnixNano": str(now_ms * NANOS), "endTimeUnixNano": str((now_ms + 1) * NANOS)}
     span |= {"status": {"code": 1}, "attributes": []}
     return to_bytes(_document([("service.name", service_name)], [span]))
+
+
+def halves(line: bytes) -> list[bytes]:
+    """A document of several records as two of half as many; one of a single record as it is."""
+    entries: dict[str, list[bytes]] = {}
+    for entry in json.loads(line)["resourceSpans"]:
+        about = {pair.get("key"): pair.get("value") for pair in entry["resource"]["attributes"]}
+        entries.setdefault(str(about.get("openrouter.trace.id")), []).append(json.dumps(entry, separators=(",", ":")).encode())
+    records = [b",".join(spans) for spans in entries.values()]
+    middle = len(records) // 2
+    return [envelope(part) for part in (records[:middle], records[middle:]) if part]
 
 
 def unfit(line: bytes, privacy: bool) -> str:
@@ -167,7 +179,7 @@ def _names(given: Mapping[str, Any]) -> dict[str, str | None]:
 def _metadata(given: Mapping[str, Any], trace_id: str, names: Mapping[str, Any]) -> Pairs:
     """The client's own keys; a reserved one too if what was sent is not what is shown."""
     shown = {"trace_id": trace_id, "parent_span_id": _parent(given), **names}
-    kept = {key: value for key, value in given.items() if key not in RESERVED or value != shown[key]}
+    kept = {key: value for key, value in given.items() if key not in RESERVED or value not in (None, shown[key])}
     pairs: Pairs = [("trace.metadata.truncated", True)] if len(kept) > MOST_METADATA else []
     taken = islice(kept.items(), MOST_METADATA)
     return pairs + [(f"trace.metadata.{key}", "null" if value is None else value) for key, value in taken]
@@ -185,20 +197,23 @@ def _told(outcome: str, error_type: Any, error: Any, privacy: bool) -> str:
 
 def _error_type(given: Any, otherwise: str) -> str:
     """Only a word of ours: an upstream's free text has no place in an attribute that also goes out in private."""
-    return given if isinstance(given, str) and OUR_WORD.fullmatch(given) else otherwise
+    return _shaped(OUR_WORD, given) or otherwise
 
 
 def _generation(record: Record, privacy: bool, failure: str | None, service_name: str) -> Pairs:
     """Every attribute of the generation span that we know, in OpenRouter's words and in the current GenAI ones."""
     get, ok, vendor = record.get, failure is None, _vendor(record)
     answer, attempts, provider = get("response") or {}, get("attempts") or [], get("provider")
+    model, native = answer.get("model"), answer.get("native_finish_reason") if ok else None
+    if privacy:  # words of the provider's own, which may be anything
+        model, native = _shaped(MODEL_NAME, model), _shaped(FINISH_WORD, native)
     responses = _json([_provider_response(attempt) for attempt in attempts]) if attempts else None
     finish = answer.get("finish_reason") if ok else None
     return [
         ("trace.name", _names(get("trace") or {})["trace_name"] or "OpenRouter Request"),
         ("user.id", get("user")),
-        ("session.id", get("session_id")),
-        ("gen_ai.conversation.id", get("session_id")),
+        ("session.id", get("session_id") or None),
+        ("gen_ai.conversation.id", get("session_id") or None),
         ("trace.metadata.provider_responses", responses),
         ("span.type", "generation"),
         *_level(failure),
@@ -211,7 +226,7 @@ def _generation(record: Record, privacy: bool, failure: str | None, service_name
         ("gen_ai.system", vendor),
         ("gen_ai.provider.name", vendor),
         ("gen_ai.request.model", get("requested_model")),
-        ("gen_ai.response.model", answer.get("model") or get("sent_model")),
+        ("gen_ai.response.model", model or get("sent_model")),
         ("gen_ai.response.id", record["generation_id"]),
         *_parameters(record),
         *_usage(record, ok),
@@ -222,11 +237,15 @@ def _generation(record: Record, privacy: bool, failure: str | None, service_name
         ("server.port", get("server_port")),
         ("trace.metadata.openrouter.source", service_name),
         ("trace.metadata.openrouter.api_key_name", get("api_key_name")),
-        *_timings(record, attempts[-1] if attempts else {}),
+        *_timings(record, attempts),
         ("trace.metadata.openrouter.provider_name", provider),
         ("trace.metadata.openrouter.provider_slug", "-".join(provider.lower().split()) if provider else None),
-        ("trace.metadata.openrouter.finish_reason", answer.get("native_finish_reason") if ok else None),
+        ("trace.metadata.openrouter.finish_reason", native),
     ]
+
+
+def _shaped(shape: re.Pattern[str], given: Any) -> str | None:
+    return given if isinstance(given, str) and shape.fullmatch(given) else None
 
 
 def _level(failure: str | None) -> Pairs:
@@ -266,6 +285,8 @@ def _parameters(record: Record) -> Pairs:
 
 def _usage(record: Record, ok: bool) -> Pairs:
     """Tokens are always integers and money always a double: TraceQL never compares one with the other."""
+    if record.get("operation") == "count_tokens":
+        return []  # counted, not used: sums over requests stay true
     usage = (record.get("response") or {}).get("usage") or {}
     count = {key: as_count(value) for key, value in usage.items()} if record.get("usage_source") != "none" else {}
     read, written, thought = (count.get(f"{key}_tokens") for key in ("cached_input", "cache_write_input", "reasoning"))
@@ -287,14 +308,15 @@ def _usage(record: Record, ok: bool) -> Pairs:
     ]
 
 
-def _timings(record: Record, served: Mapping[str, Any]) -> Pairs:
-    """Milliseconds since the request's start, from the attempt that answered (the last one)."""
+def _timings(record: Record, attempts: Sequence[Mapping[str, Any]]) -> Pairs:
+    """Milliseconds since the request's start: when the first provider was asked, and the attempt that answered (the last)."""
+    served = attempts[-1] if attempts else {}
     start, headers, length = (as_double(served.get(key)) for key in ("start_ms", "headers_ms", "duration_ms"))
     first, prefix = as_double(record.get("ttft_ms")), "trace.metadata.openrouter."
     end = start + length if start is not None and length is not None else None
     made = as_count(((record.get("response") or {}).get("usage") or {}).get("output_tokens")) or 0
     return [
-        (prefix + "router_latency_ms", as_double(record.get("overhead_ms"))),
+        (prefix + "router_latency_ms", as_double(attempts[0].get("start_ms") if attempts else record.get("overhead_ms"))),
         (prefix + "provider_request_ms", start),
         (prefix + "provider_headers_ms", start + headers if start is not None and headers is not None else None),
         (prefix + "first_token_ms", first),

@@ -22,6 +22,7 @@ import time
 import zlib
 from collections.abc import Mapping
 from datetime import UTC
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import urllib3
@@ -29,6 +30,7 @@ from urllib3 import exceptions as faults
 from urllib3.connection import HTTPConnection, HTTPSConnection
 
 from broadcast.destinations import MARK, Address, Destination, Own, Target, literal, refusal, target
+from broadcast.store import private_folders
 
 ANSWER_BYTES: Final = 65_536  # the Collector's own exporter reads no more
 RETRIED_STATUS: Final = (429, 502, 503, 504)  # the OTLP specification's list
@@ -215,7 +217,18 @@ class Line:
         with contextlib.closing(response):  # kept all the same if it has been read to its end
             if self._socket and self._socket.ended:  # within the head, which http.client takes for its end
                 raise http.client.IncompleteRead(b"")
-            return judge(response.status, response.headers, response.read(ANSWER_BYTES + 1), to)
+            return judge(response.status, response.headers, _read(response), to)
+
+
+def _read(response: urllib3.BaseHTTPResponse) -> bytes:
+    """The body as far as it matters; what is no success is one however little of it comes."""
+    try:
+        read: bytes = response.read(ANSWER_BYTES + 1)
+    except (OSError, http.client.HTTPException, faults.HTTPError):
+        if 200 <= response.status < 300:
+            raise
+        return b""
+    return read
 
 
 def _pool(line: Line) -> urllib3.HTTPConnectionPool:
@@ -338,7 +351,7 @@ def _judge_json(status: int, text: bytes, to: Target) -> Answer:
         said = None
     if to.plain and isinstance(said, str | int | list):  # a webhook's program may say what it likes
         return Answer("ok", "Accepted", status)
-    if not isinstance(said, dict) or said.get("error") or said.get("errors"):
+    if not isinstance(said, dict) or any(said.get(key) for key in ("error", "errors", "code")):  # code: google.rpc.Status
         return Answer("garbage", f"HTTP {status} with something else than an OTLP answer", status)
     partial = said.get("partialSuccess")
     partial = partial if isinstance(partial, dict) else {}
@@ -384,6 +397,7 @@ def retry_after(value: str | None) -> float:
 def append(path: str, body: bytes) -> Answer:
     """Type `file`: one OTLP JSON request per line; what a full disk leaves behind is taken back."""
     try:
+        private_folders(Path(path))
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
         try:
             if body:

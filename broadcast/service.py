@@ -77,7 +77,7 @@ class Broadcast:
         self._lock = threading.RLock()
         self._delivery: Delivery | None = None  # from when there is a database
         self._latest: Record | None = None
-        self._search = Searcher()
+        self._search = Searcher()  # for what the page asks
         self._testing = threading.BoundedSemaphore(TESTS_AT_ONCE)
         self._tested: deque[float] = deque(maxlen=TESTS_A_MINUTE)
         self._started = start
@@ -107,7 +107,7 @@ class Broadcast:
                 except (OSError, sqlite3.Error) as error:
                     why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
                     raise Unusable(f"database: {s.database} cannot be used ({why}); move it away or mend it") from None
-                self._delivery = Delivery(store, s, self.listening, self._search)
+                self._delivery = Delivery(store, s, self.listening)
             return self._delivery
 
     @property
@@ -174,12 +174,17 @@ class Broadcast:
     def stats(self) -> dict[str, Any]:
         """The `broadcast` object of GET /api/v1/stats."""
         ledger = self._delivery.store.ledger() if self._delivery else {}
-        shown = {entry.destination.name: _counters(entry.id, ledger.get(entry.id, {})) for entry in self.entries()}
+        shown: dict[str, Any] = {}
+        for entry in self.entries():  # the file's come first; it may name one as the page did before
+            name = entry.destination.name
+            shown[f"{name} ({entry.source})" if name in shown else name] = _counters(entry.id, ledger.get(entry.id, {}))
         return {"enabled": self.enabled, "destinations": shown}
 
     def doctor(self) -> list[dict[str, Any]]:
-        """Test every enabled destination: [{place, ok, message, cure}]."""
-        findings = []
+        """Test every enabled destination, if Broadcast is on: [{place, ok, message, cure}]."""
+        findings: list[dict[str, Any]] = []
+        if not self.enabled:
+            return [{"place": "broadcast", "ok": True, "message": "switched off", "cure": ""}]
         for d in (entry.destination for entry in self.entries() if entry.destination.enabled):
             result = try_out(d, self.settings, self.listening())
             found = {"ok": result["ok"], "message": result["message"], "cure": result["advice"]}
@@ -241,7 +246,8 @@ class Broadcast:
             draft = self._draft(body, stored)
         except BadAddress as error:
             raise _failed_test(not_tried(error)) from None
-        if any(e.id != identity and e.destination.name == draft.name for e in self.entries()):
+        renamed = stored is None or stored.destination.name != draft.name
+        if renamed and any(e.id != identity and e.destination.name == draft.name for e in self.entries()):
             raise ApiError(409, "name: another destination has it", "name")
         # A destination that broke can be switched off without mending it first.
         resting = stored is not None and not draft.enabled and connection(draft) == connection(stored.destination)

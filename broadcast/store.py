@@ -27,7 +27,8 @@ SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS destination (
     id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, body TEXT NOT NULL, created_at TEXT NOT NULL, updated_at TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS payload (id INTEGER PRIMARY KEY AUTOINCREMENT, body BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS payload (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, body BLOB NOT NULL, private INTEGER NOT NULL DEFAULT 0);
 CREATE TABLE IF NOT EXISTS queue (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, destination TEXT NOT NULL, payload INTEGER NOT NULL, bytes INTEGER NOT NULL);
 CREATE INDEX IF NOT EXISTS queue_order ON queue (destination, seq);
@@ -37,7 +38,7 @@ CREATE TABLE IF NOT EXISTS ledger (
 CREATE TABLE IF NOT EXISTS state (
     destination TEXT PRIMARY KEY, last_error TEXT, last_error_at TEXT, last_success TEXT);
 """
-Offers = list[tuple[bytes, list[str]]]  # fragments, each with the destinations that take it
+Offers = list[tuple[bytes, bool, list[str]]]  # fragments, whether built without content, and the destinations that take each
 Counts = Mapping[tuple[str, str], int]  # (destination, kind) -> n
 
 
@@ -45,6 +46,14 @@ class Queued(NamedTuple):
     seq: int
     payload: int
     bytes: int
+
+
+class Waiting(NamedTuple):
+    """A record at the head of a queue."""
+
+    seq: int
+    body: bytes
+    private: bool
 
 
 class Store:
@@ -56,6 +65,7 @@ class Store:
 
     def __init__(self, path: str, max_items: int, max_bytes: int) -> None:
         self._limits = max_items, max_bytes
+        self._deleted: set[str] = set()
         self._lock = threading.RLock()
         _private_file(Path(path))
         self._db = sqlite3.connect(path, timeout=2, isolation_level=None, check_same_thread=False)
@@ -103,8 +113,11 @@ class Store:
         added: Counter[str] = Counter()
         size: Counter[str] = Counter()
         with self._transaction() as db:
-            for body, destinations in offers:
-                payload = db.execute("INSERT INTO payload (body) VALUES (?)", (body,)).lastrowid
+            for body, private, given in offers:
+                destinations = [destination for destination in given if destination not in self._deleted]
+                if not destinations:
+                    continue
+                payload = db.execute("INSERT INTO payload (body, private) VALUES (?, ?)", (body, private)).lastrowid
                 rows = [(destination, payload, len(body)) for destination in destinations]
                 db.executemany("INSERT INTO queue (destination, payload, bytes) VALUES (?, ?, ?)", rows)
                 added.update(destinations)
@@ -113,7 +126,8 @@ class Store:
                 self._count(db, destination, accepted=n, queued=n, queued_bytes=size[destination])
                 self._trim(db, destination)
             for (destination, kind), n in counts.items():
-                self._count(db, destination, **{kind: n})
+                if destination not in self._deleted:
+                    self._count(db, destination, **{kind: n})
 
     def _count(self, db: sqlite3.Connection, destination: str, **kinds: int) -> None:
         upsert = "INSERT INTO ledger VALUES (?, ?, ?) ON CONFLICT (destination, kind) DO UPDATE SET n = n + excluded.n"
@@ -142,7 +156,7 @@ class Store:
         db.executemany(unused, [(row.payload, row.payload) for row in rows])
         self._count(db, destination, queued=-len(rows), queued_bytes=-sum(row.bytes for row in rows))
 
-    def batch(self, destination: str, most: int, until: int) -> list[tuple[int, bytes]]:
+    def batch(self, destination: str, most: int, until: int) -> list[Waiting]:
         """The head of the queue, not beyond `until`: at most `most` records and BATCH_BYTES, but always one."""
         rows: list[Queued] = []
         size = 0
@@ -152,8 +166,9 @@ class Store:
                 if rows and size > BATCH_BYTES:
                     break
                 rows.append(row)
-            select = "SELECT body FROM payload WHERE id = ?"
-            return [(row.seq, self._db.execute(select, (row.payload,)).fetchone()[0]) for row in rows]
+            select = "SELECT body, private FROM payload WHERE id = ?"
+            found = ((row.seq, *self._db.execute(select, (row.payload,)).fetchone()) for row in rows)
+            return [Waiting(seq, body, bool(private)) for seq, body, private in found]
 
     def settle(self, destination: str, batch: list[int], *, rejected: int, error: str, dropped: str = "") -> None:
         """End the life of a batch: delivered but for what was rejected, or dropped with that reason."""
@@ -169,6 +184,14 @@ class Store:
                 arrived, lost = {"dropped:queue_full": len(rows) - len(batch)}, min(rejected, len(batch))
                 self._count(db, destination, **arrived, **{"delivered": len(batch) - lost, "dropped:rejected": lost})
             self._note(db, destination, error, success=not dropped)
+
+    def discard(self, destination: str, seqs: Iterable[int], reason: str) -> None:
+        """Drop single records that must not be delivered any more."""
+        with self._transaction() as db:
+            wanted = set(seqs)
+            rows = [row for row in self._rows(destination, max(wanted)) if row.seq in wanted]
+            self._remove(db, destination, rows)
+            self._count(db, destination, **{f"dropped:{reason}": len(rows)})
 
     def note(self, destination: str, error: str) -> None:
         with self._transaction() as db:
@@ -223,6 +246,7 @@ class Store:
         with self._synced() as db:
             db.execute("DELETE FROM destination WHERE id = ?", (identity,))
             self._forget(db, identity)
+        self._deleted.add(identity)  # a record may still be on its way to it
 
     def switch(self) -> dict[str, bool] | None:
         with self._lock:
@@ -235,10 +259,15 @@ class Store:
             db.execute("INSERT OR REPLACE INTO meta VALUES ('enabled', ?)", (value,))
 
 
-def _private_file(path: Path) -> None:
-    """Make the file and what is missing above it for us alone, before anything is in it."""
+def private_folders(path: Path) -> None:
+    """Make the folders that are missing above a file, for us alone."""
     for folder in reversed([folder for folder in path.absolute().parents if not folder.exists()]):
         folder.mkdir(mode=0o700, exist_ok=True)
+
+
+def _private_file(path: Path) -> None:
+    """Make the file for us alone, before anything is in it."""
+    private_folders(path)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         if stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from broadcast.destinations import BadAddress, Destination, Own, Settings, Target, target
+from broadcast.destinations import BadAddress, Destination, Own, RefusedAddress, Settings, Target, target
 from broadcast.encoder import connection_test
 from broadcast.exchange import Answer, append, exchange
 
 LONGEST_TEST: Final = 15.0
+BAD_ADDRESS: Final = "Cloud metadata, link-local addresses and the router itself are refused; name the receiver's own."
 BAD_URL: Final = "Use the http:// or https:// address that takes OTLP over HTTP, usually ending in /v1/traces."
 
 
@@ -29,7 +30,7 @@ def try_out(d: Destination, settings: Settings, own: Own) -> dict[str, Any]:
 
 def not_tried(error: BadAddress) -> dict[str, Any]:
     """What a test comes to if nothing can be sent to the URL as it is written."""
-    return _result(Answer("address", str(error)), 0, BAD_URL)
+    return _result(Answer("address", str(error)), 0, BAD_ADDRESS if isinstance(error, RefusedAddress) else BAD_URL)
 
 
 def _result(answer: Answer, latency: int, advice: str) -> dict[str, Any]:
@@ -65,7 +66,7 @@ HINTS: Final[tuple[tuple[str, tuple[int, ...], Applies, str], ...]] = (
     ("", (), _port(4317), "Port 4317 is OTLP over gRPC; OTLP over HTTP usually listens on 4318."),
     ("", (), _port(16686), "Port 16686 is Jaeger's web page; Jaeger takes OTLP over HTTP on 4318."),
     ("", (), _port(3200), "Port 3200 is Tempo's query API; Tempo takes OTLP over HTTP on 4318."),
-    ("address", (), _any, "Cloud metadata, link-local addresses and the router itself are refused; name the receiver's own."),
+    ("address", (), _any, BAD_ADDRESS),
     ("dns", (), _any, "Check the spelling of the host name, and that this machine can resolve it."),
     ("tls", (), _any, "No TLS is spoken there, or the certificate is not of that name or of a CA known here (SSL_CERT_FILE)."),
     ("connect", (), _any, "Is the receiver running, the port right (4318 for OTLP over HTTP), no firewall between?"),

@@ -69,6 +69,7 @@ class FakeCollector:
 
     def __init__(self, *script: Reply, tls: ssl.SSLContext | None = None, host: str = "127.0.0.1") -> None:
         self._script, self._tls, self._host = list(script) or [OK], tls, host
+        self._chosen: Callable[[Received], Reply] | None = None
         self._lock = threading.Lock()
         self.received: list[Received] = []
         self.connections = self.open = 0
@@ -94,6 +95,13 @@ class FakeCollector:
     def script(self, *replies: Reply) -> None:
         with self._lock:
             self._script = list(replies)
+
+    def answer_with(self, chosen: Callable[[Received], Reply]) -> None:
+        """Answer each request by what it is."""
+        self._chosen = chosen
+
+    def _next(self) -> Reply:
+        return self._script.pop(0) if len(self._script) > 1 else self._script[0]
 
     def spans(self) -> list[dict[str, Any]]:
         return [span for request in list(self.received) for span in request.spans()]
@@ -136,7 +144,7 @@ class FakeCollector:
             return False
         with self._lock:
             self.received.append(received)
-            reply = self._script.pop(0) if len(self._script) > 1 else self._script[0]
+            reply = self._chosen(received) if self._chosen else self._next()
         if reply.hang:
             self._ended.wait(60)
             return False

@@ -196,6 +196,24 @@ def test_what_cannot_name_a_group_leaves_the_requests_own_trace_id(sent: Any) ->
     assert {span["traceId"] for span in spans(made)} == {hashlib.sha256(GENERATION_ID.encode()).hexdigest()[:32]}
 
 
+@pytest.mark.parametrize("key", ["trace_id", "parent_span_id", "trace_name", "span_name", "generation_name"])
+def test_a_key_that_is_null_says_nothing(key: str) -> None:
+    made = attributes(generation(encode(record(trace={key: None}), privacy=False)))
+    assert f"trace.metadata.{key}" not in made
+
+
+def test_an_empty_session_is_none() -> None:
+    made = attributes(generation(encode(record(session_id=""), privacy=False)))
+    assert "session.id" not in made
+    assert "gen_ai.conversation.id" not in made
+
+
+def test_tokens_that_were_only_counted_are_not_summed_up() -> None:
+    made = attributes(generation(encode(record(operation="count_tokens", cost=None), privacy=False)))
+    assert made["gen_ai.operation.name"] == "count_tokens"
+    assert not [key for key in made if key.startswith("gen_ai.usage.")]
+
+
 def test_two_requests_with_one_trace_id_share_a_trace_and_no_span() -> None:
     first, second = (spans(encode(record(trace={"trace_id": "run 7", "trace_name": "run"}), privacy=True)) for _ in range(2))
     assert {span["traceId"] for span in first} == {span["traceId"] for span in second}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import ssl
 import threading
@@ -144,6 +145,33 @@ def test_a_line_that_is_cut_ends_its_wait_and_every_later_one() -> None:
         assert send(line).cause == "cut"
         assert time.monotonic() - begun < 2
         threaded.join()
+
+
+@pytest.mark.parametrize("status", [401, 413])
+def test_a_refusal_sent_before_the_body_was_read_is_heard(status: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as hasty:
+
+        def refuse() -> None:
+            connection, _ = hasty.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(b"HTTP/1.1 %d No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n" % status)
+
+        refusing = threading.Thread(target=refuse)
+        refusing.start()
+        line = Line(target(collector("a", f"http://127.0.0.1:{hasty.getsockname()[1]}/v1/traces")))
+        assert line.exchange(os.urandom(8_000_000), 5.0, ()).status == status
+        line.close()
+        refusing.join()
+
+
+@pytest.mark.parametrize(("status", "cause"), [(200, "cut"), (400, "http")])
+def test_how_much_of_a_body_comes_matters_for_a_success_only(status: int, cause: str) -> None:
+    cut = b"HTTP/1.1 %d So\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{}" % status
+    with FakeCollector(Reply(raw=cut)) as receiver:
+        answer = send(line_to(receiver))
+        assert answer.cause == cause
+        assert answer.retry == (status == 200)
 
 
 def test_an_ipv6_address_is_an_address() -> None:

@@ -95,6 +95,14 @@ def test_a_reasoning_level_that_is_none_is_not_sent_at_all(level: Any) -> None:
     assert CANARY.lower() not in to_bytes(encode(record(request=request), privacy=True)).decode().lower()
 
 
+@pytest.mark.parametrize("said", [f"model of {CANARY}", {"x": CANARY}, CANARY + " " * 200])
+def test_a_model_or_finish_that_is_no_name_is_not_sent_in_private(said: Any) -> None:
+    odd = record(response=RESPONSE | {"model": said, "native_finish_reason": said})
+    assert CANARY.encode() not in to_bytes(encode(odd, privacy=True))
+    assert attributes(generation(encode(odd, privacy=True)))["gen_ai.response.model"] == odd["sent_model"]
+    assert CANARY.encode() in to_bytes(encode(odd, privacy=False))
+
+
 def test_in_private_everything_else_still_goes() -> None:
     changes: dict[str, Any] = {
         "user": "u1",

@@ -462,6 +462,22 @@ def test_a_database_that_cannot_be_used_is_told_at_the_start(broadcaster: Router
     assert re.fullmatch(r"config\.toml\.broadcast\.database: .*broadcast\.db cannot be used \(.*\).*\n", process.errors())
 
 
+def test_what_the_settings_api_made_goes_on_after_a_restart_without_a_section(
+    router: RouterFactory, receiver: FakeCollector
+) -> None:
+    process = router(CONFIG)
+    assert process.stats()["broadcast"] == {"enabled": False, "destinations": {}}
+    assert not (process.folder / "state").exists()
+    body = {"type": "otel-collector", "name": "mine", "config": {"endpoint": receiver.url}}
+    assert process.post("/api/v1/observability/destinations", body).status == 201
+    switch = process.request("PUT", "/api/v1/observability", {"enabled": True})
+    assert (switch.status, switch.json()) == (200, {"enabled": True})
+    process.stop()
+    process.start()
+    process.chat()
+    delivered(process, "mine", 1)
+
+
 # -- off
 
 
@@ -502,6 +518,13 @@ def test_the_settings_are_for_our_own_pages_and_in_json_only(
     assert process.get("/api/v1/observability").json() == {"enabled": True}
     if status >= 400:
         assert answer.error["message"]
+
+
+def test_head_is_answered_like_get_without_a_body(broadcaster: RouterFactory) -> None:
+    process = broadcaster()
+    for path in ("", "/destinations"):
+        answer = process.request("HEAD", f"/api/v1/observability{path}")
+        assert (answer.status, answer.body) == (200, b"")
 
 
 def test_the_settings_want_the_key(broadcaster: RouterFactory) -> None:
@@ -553,6 +576,29 @@ def test_replay_brings_an_air_gapped_sites_file_to_a_destination(
     refused = command("replay", str(tmp_path / "traces.jsonl"), "--to", "later", config=config)
     assert refused.returncode == 1
     assert "http_400" in refused.stdout
+
+
+def test_doctor_tells_of_a_database_that_cannot_be_used_and_of_the_switch(
+    command: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    (tmp_path / "b.db").write_bytes(b"no database" * 100)
+    done = command("doctor", config=ECHO + '[broadcast]\nenabled = true\ndatabase = "{tmp}/b.db"\n')
+    assert done.returncode == 1
+    assert re.search(r"FAIL broadcast +database: .*b\.db cannot be used \(file is not a database\)", done.stdout)
+    (tmp_path / "b.db").unlink()
+    off = command("doctor", config=ECHO + "[broadcast]\nenabled = false\n")
+    assert off.returncode == 0
+
+
+def test_a_destination_may_only_name_keys_that_there_are(
+    command: Callable[..., subprocess.CompletedProcess[str]], receiver: FakeCollector
+) -> None:
+    keys = '[[api_keys]]\nname = "team"\nkey_env = "PATH"\n'
+    done = command("check", config=ECHO + keys + "[broadcast]\n" + destination("a", receiver, api_keys=["taem"]))
+    assert done.returncode == 2
+    assert done.stderr == (
+        "config.toml.broadcast.destinations[0].api_keys: no [[api_keys]] is named 'taem', did you mean team?\n"
+    )
 
 
 def test_doctor_tells_each_destinations_cause_and_cure(

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -626,6 +627,17 @@ def test_a_database_that_cannot_be_made_is_a_503_and_not_the_callers_fault(tmp_p
     assert made.api("PUT", "", {"enabled": True})[0] == 503
     assert made.api("GET", "/destinations")[0] == 200
     made.close(0)
+
+
+def test_a_name_that_the_file_took_later_is_shown_twice_and_stays_editable(tmp_path: Path, receiver: FakeCollector) -> None:
+    with running(tmp_path) as made:
+        status, told = made.api("POST", "/destinations", draft(receiver.url, name="dup"))
+        assert status == 201
+        made.reload(replace(made.settings, destinations=(collector("dup", receiver.url),)))
+        made.sink(RECORD)
+        until(lambda: [have["delivered"] for have in made.stats()["destinations"].values()] == [1, 1])
+        assert set(made.stats()["destinations"]) == {"dup", "dup (page)"}
+        assert made.api("PUT", f"/destinations/{told['id']}", {"enabled": False})[0] == 200
 
 
 def test_names_are_unique_and_filled_in(api: Broadcast, receiver: FakeCollector) -> None:

@@ -326,3 +326,10 @@ def test_nothing_that_is_off_is_imported(tmp_path: Path) -> None:
         cwd=tmp_path, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, timeout=30, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_router_knows_where_broadcasts_database_is_without_importing_it() -> None:
+    import broadcast
+    import router
+
+    assert broadcast.Settings().database == router.BROADCAST_DATABASE
