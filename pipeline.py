@@ -16,6 +16,7 @@ import dataclasses
 import logging
 import math
 import random
+import re
 import string
 import threading
 import time
@@ -346,8 +347,7 @@ class Run:
         self.pipeline.know_models()
         self._parts = self.plan.parts_for(self.request)
         self.tags, self._forced_by, self._given = decide(self.plan, self.request, self._parts)
-        if self.plan.classifiers:
-            self._emit("classified", tags=self.tags)
+        self._emit("classified", tags=self.tags)
         if self.request.stream:
             self._skipped_plugins = [p.id for p in self._parts if p.has("post_response")]
 
@@ -426,7 +426,7 @@ class Run:
                     wait = providers.seconds_until(e.headers.get("retry-after"))
                     self._not_before[candidate.lane.name] = time.monotonic() + wait
             else:
-                attempt.settle(None, healthy=True)
+                attempt.settle(None, healthy=True if attempt.call else None)  # a count made here says nothing of a provider
                 return
         raise self._nobody()
 
@@ -616,7 +616,7 @@ class Run:
         if self.request.stream and self._outcome == "ok":
             self._classify_answer()
         self.pipeline.out()
-        record = self._record()
+        record = _sealed(self._record(), self.request.body.text)
         for part in self._parts:
             self._call_after(part, "on_end")
         self.pipeline.leave(record)
@@ -631,14 +631,19 @@ class Run:
 
     def _usage(self) -> tuple[Usage, str]:
         """Token counts and where they are from: the upstream, or four characters to the token of what was said."""
-        if self.answer.usage is not None:
+        told = self.answer.usage
+        if told is not None and (self.answer.complete or self._outcome == "ok"):
             counted_here = self.attempt is not None and self.attempt.call is None
-            return self.answer.usage, "estimated" if counted_here else "reported"
-        if self.answer.empty and self._outcome != "ok":
+            return told, "estimated" if counted_here else "reported"
+        if told is None and self.answer.empty and self._outcome != "ok":
             return Usage(), "none"
         said = sum(len(t) for texts in self.answer.choices.values() for t in texts) + len(self.answer.reasoning)
         said += sum(len(c.arguments) for c in self.answer.tool_calls.values())
-        return Usage(input_tokens=estimate(self.request.text()), output_tokens=-(-said // 4)), "estimated"
+        made = -(-said // 4)
+        if told is None:
+            return Usage(input_tokens=estimate(self.request.text()), output_tokens=made), "estimated"
+        # What a stream tells at its beginning knows nothing of what came after it.
+        return (told, "reported") if told.output_tokens >= made else (dataclasses.replace(told, output_tokens=made), "estimated")
 
     def _record(self) -> dict[str, Any]:
         now = time.monotonic()
@@ -670,10 +675,10 @@ class Run:
             "system": "\n\n".join(providers.block_text(b) for b in self.request.system) or None,
             "messages": [{"role": m.role, "content": m.content} for m in self.request.messages],
             "tools": [{"name": t.name, "description": t.description, "parameters": t.parameters} for t in self.request.tools],
-            "request": {k: v for k, v in self.request.body.data.items() if k not in _TOLD_APART},
+            "request": _masked({k: v for k, v in self.request.body.data.items() if k not in _TOLD_APART}),
             "response": None if self.answer.empty and self._outcome != "ok" else self._response(usage),
             "usage_source": source, "cost": self._cost(usage, source), "attempts": attempts,
-            "user": self.request.user, "session_id": self.request.router.get("session_id"),
+            "user": self.request.user, "session_id": self.request.router.get("session_id") or None,
             "trace": self.request.router.get("trace") or {},
             "traceparent": self.arrival.traceparent, "tracestate": self.arrival.tracestate,
         }  # fmt: skip
@@ -711,7 +716,12 @@ class Run:
         }  # fmt: skip
 
     def _cost(self, usage: Usage, source: str) -> dict[str, Any] | None:
-        if self.attempt is None or source == "none" or (self._outcome not in ("ok", "cancelled") and usage.cost is None):
+        if (
+            self.attempt is None
+            or source == "none"
+            or self.request.operation == "count_tokens"
+            or (self._outcome not in ("ok", "cancelled") and usage.cost is None)
+        ):
             return None
         return price(usage, self.attempt.candidate.lane.provider, self.attempt.candidate.model)
 
@@ -720,8 +730,29 @@ class Run:
 
 
 _TOLD_APART = frozenset(("messages", "system", "input", "instructions", "tools")) | providers.ROUTER_FIELDS
+_KEY_NAME = re.compile(
+    r"(?i)(?:.*[_-])?(?:api[_-]?key|secret|password|authorization|(?:access|auth|bearer|refresh)[_-]?token|private[_-]?key|cookie)"
+)
 _TOKENS = (Text, Reasoning, ToolCall)
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+
+
+def _masked(value: Any) -> Any:
+    """Request parameters without the keys that some clients put among them (`api_key`, `extra_headers`)."""
+    if isinstance(value, list):
+        return [_masked(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    secret = {k for k, v in value.items() if isinstance(v, str) and _KEY_NAME.fullmatch(k)}
+    return {k: "[redacted]" if k in secret else _masked(v) for k, v in value.items()}
+
+
+def _sealed(record: dict[str, Any], sent: str) -> dict[str, Any]:
+    """The record as its readers may have it: no key of ours in it, whatever the client (`sent` is its body) or the
+    provider said."""
+    said = (sent, *map(str, (record["response"] or {}).values()))
+    sealed: dict[str, Any] = telemetry.without_secrets(record) if any(map(telemetry.holds_secret, said)) else record
+    return sealed
 
 
 def _said(answer: Answer) -> str:

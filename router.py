@@ -439,7 +439,7 @@ class App:
         self._prefix = config.server.url_prefix
         self.broadcast: Any = None
         self.dashboard: Any = None
-        self._sessions: dict[str, tuple[float, str | None]] = {}
+        self._sessions: dict[str, tuple[float, bytes]] = {}  # until when, and the key it was traded for
         if config.server.dashboard:
             import dashboard
 
@@ -484,11 +484,15 @@ class App:
         Providers that did not change keep their connections, their breaker and what was measured of them. What cannot
         change while the process runs (where it listens, its threads, the log, telemetry) is named in a warning.
         """
+        fixed = {section: getattr(self.config, section) for section in ("server", "logging", "telemetry")}
+        changed = [section for section, value in fixed.items() if getattr(config, section) != value]
+        config = dataclasses.replace(config, **fixed)
         keys, plan = prepare(config, environ, source, self.pipeline.plan)
+        if self.keys and not keys:
+            raise ConfigError(f"{source}.api_keys: no key would be left; a door that is locked is only opened by a restart")
         self._reload_broadcast(config)
-        for section in ("server", "logging", "telemetry"):
-            if getattr(config, section) != getattr(self.config, section):
-                log.warning("%s: [%s] has changed, which counts only after a restart", source, section)
+        for section in changed:
+            log.warning("%s: [%s] has changed, which counts only after a restart", source, section)
         gone = [lane for name, lane in self.pipeline.plan.lanes.items() if plan.lanes.get(name) is not lane]
         self.config, self.keys, self.pipeline.plan = config, keys, plan
         for lane in gone:
@@ -530,7 +534,7 @@ class App:
     def refuse(self, error: RequestError, reason: str, path: str) -> bytes:
         """The body of an answer to something that was no request, in the dialect of its path; counted under the reason."""
         self.refused[reason] += 1
-        body: str = providers.dumps(face_of(path).render_error(error))
+        body: str = providers.dumps(face_of(self._path({"PATH_INFO": path})).render_error(error))
         return body.encode()
 
     def close(self) -> None:
@@ -590,7 +594,10 @@ class App:
         if isinstance(key_name, Response):
             return key_name
         handler = self._handler(environ, path)
-        return self._run(environ, path, key_name) if path in self._llm else handler(environ, path)
+        if path in self._llm:
+            self._check_origin(environ, path)
+            return self._run(environ, path, key_name)
+        return handler(environ, path)
 
     def _handler(self, environ: Mapping[str, Any], path: str) -> Callable[[dict[str, Any], str], Response]:
         """Who answers; raises 404 for an unknown path and 405 with Allow for a method it does not have. HEAD is GET."""
@@ -619,9 +626,9 @@ class App:
             return None
         told = _credential(environ, path)
         if told is None and self.dashboard:
-            session = self._sessions.get(_cookie(environ))
-            if session is not None and session[0] > time.monotonic():
-                return session[1]
+            until, key = self._sessions.get(_cookie(environ), (0.0, b""))
+            if until > time.monotonic() and key in self.keys:
+                return self.keys[key]
             if environ["REQUEST_METHOD"] in ("GET", "HEAD", "POST") and path in _SIGN_IN:
                 return self._sign_in_page(environ, path)
         matched = self._matching(told or b"")
@@ -648,11 +655,24 @@ class App:
         if changes and origin is not None and origin.partition("://")[2] != (host or ""):
             raise _forbidden("a page of another origin may change nothing here")
 
+    def _check_origin(self, environ: Mapping[str, Any], path: str) -> None:
+        """A web page of another site may not spend the money of whoever looks at it: a request that shows no key of its own
+        comes from no foreign page. Programs send no Origin, or one that is no web site's."""
+        scheme, _, host = environ.get("HTTP_ORIGIN", "").partition("://")
+        if scheme not in ("http", "https", "null") or (self.keys and _credential(environ, path) is not None):
+            return
+        if _host_name(host) not in ("127.0.0.1", "::1", *self._names()):
+            raise _forbidden("a page of another origin needs a key of its own; server.allowed_hosts takes further names")
+
+    def _names(self) -> tuple[str, ...]:
+        """The names under which this router is known."""
+        return "localhost", self.config.server.host.lower(), *(h.lower() for h in self.config.server.allowed_hosts)
+
     def _is_ours(self, host: str) -> bool:
-        name = re.sub(r":\d+$", "", host).strip("[]").lower()
+        name = _host_name(host)
         if re.fullmatch(r"[0-9.]+|[0-9a-f:]*:[0-9a-f:.]*", name):
             return True  # an address leads where it says
-        return name in ("localhost", self.config.server.host.lower(), *(h.lower() for h in self.config.server.allowed_hosts))
+        return name in self._names()
 
     # the pages and their API
     def _page(self, environ: dict[str, Any], path: str) -> Response:
@@ -739,7 +759,7 @@ class App:
         now = time.monotonic()
         kept = [(token, session) for token, session in self._sessions.items() if session[0] > now]
         token = secrets.token_urlsafe(32)
-        self._sessions = {**dict(kept[-999:]), token: (now + _SESSION_SECONDS, self.keys[matched])}
+        self._sessions = {**dict(kept[-999:]), token: (now + _SESSION_SECONDS, matched)}
         return Response(204, b"", headers=[("Set-Cookie", self._cookie_of(environ, token, _SESSION_SECONDS))])
 
     def _sign_out(self, environ: dict[str, Any], path: str) -> Response:
@@ -912,6 +932,11 @@ def _cookie(environ: Mapping[str, Any]) -> str:
     return found[1] if found else ""
 
 
+def _host_name(host: str) -> str:
+    """The name in a Host header or an Origin, without port and brackets."""
+    return re.sub(r":\d+$", "", host).strip("[]").lower()
+
+
 def _is_below(path: str, place: str) -> bool:
     """Does a path belong to a place of the route table? One with a slash at its end holds only what is below it."""
     return path.startswith(place) and (place.endswith("/") or path[len(place) :][:1] in ("", "/"))
@@ -961,7 +986,7 @@ def _inflate(data: bytes, limit: int) -> bytes:
 
 def _too_large(limit: int) -> Refused:
     text = f"the body is larger than server.max_body_bytes = {limit}"
-    return Refused(text, status=413, kind="too_large", code="request_too_large", reason="too_large")
+    return Refused(text, status=413, kind="too_large", code="request_too_large", reason="request_too_large")
 
 
 def _read_keys(config: Config, environ: Mapping[str, str]) -> dict[bytes, str | None]:
@@ -1096,6 +1121,7 @@ def serve(args: Any) -> int:
     _keep_memory_small()
     start_logging()
     config = load(args.config)
+    signals = server.Signals()
     try:
         listener = server.listen(config.server)
     except OSError as e:
@@ -1106,7 +1132,7 @@ def serve(args: Any) -> int:
         listener.close()
         raise
     app.port = config.server.port if config.server.unix_socket else listener.getsockname()[1]
-    service = server.Service(app, config.server, listener, lambda: _reload(app, Path(args.config)))
+    service = server.Service(app, config.server, listener, signals, lambda: _reload(app, Path(args.config)))
     app.begin()
     where = config.server.unix_socket or "http://{}:{}".format(*listener.getsockname()[:2])
     log.info("opensourcellmrouter %s listens on %s%s", __version__, where, config.server.url_prefix)

@@ -103,6 +103,26 @@ REASONS = {
 }  # fmt: skip
 
 
+class Signals:
+    """What was asked of the process: installed before it listens, so that a signal that comes early is obeyed late."""
+
+    def __init__(self) -> None:
+        self.stops = 0
+        self.reload_wanted = False
+        self.wake: Callable[[], Any] = bool
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+        signal.signal(signal.SIGHUP, self._hang_up)
+
+    def _stop(self, number: int, frame: Any) -> None:
+        self.stops += 1
+        self.wake()
+
+    def _hang_up(self, number: int, frame: Any) -> None:
+        self.reload_wanted = True
+        self.wake()
+
+
 class Service:
     """The application on waitress, made to survive its clients and to stop in order.
 
@@ -114,12 +134,14 @@ class Service:
     RECEIVE_SECONDS = 20.0
     """A request's headers must be complete after this time; its body may take longer at 16 KiB/s or more."""
 
-    def __init__(self, app: Application, settings: Settings, listener: socket.socket, reload: Callable[[], None]) -> None:
+    def __init__(
+        self, app: Application, settings: Settings, listener: socket.socket, signals: Signals, reload: Callable[[], None]
+    ) -> None:
         from waitress.server import create_server
 
-        self.app, self.settings, self._reload = app, settings, reload
+        self.app, self.settings, self._signals, self._reload = app, settings, signals, reload
         self._deadline: float | None = None
-        self._forced = self._reload_wanted = False
+        self._forced = False
         _raise_file_limit()
         trusted = {"trusted_proxy": "localhost" if self.settings.unix_socket else self.settings.trusted_proxy,
                    "trusted_proxy_headers": {"x-forwarded-for", "x-forwarded-proto", "x-forwarded-host"}}  # fmt: skip
@@ -135,9 +157,7 @@ class Service:
         """Serve until a signal has been obeyed; True if every request could be ended in order."""
         from waitress import wasyncore
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._stop)
-        signal.signal(signal.SIGHUP, self._hang_up)
+        self._signals.wake = self._server.pull_trigger
         swept = time.monotonic()
         while not self._finished():
             wasyncore.loop(timeout=1.0 if self._deadline is None else 0.05, map=self._server._map, use_poll=True, count=1)
@@ -148,21 +168,19 @@ class Service:
         self.app.close()
         return ended
 
-    def _stop(self, number: int, frame: Any) -> None:
-        """The first signal starts the drain, the second ends it. Only notes it: the loop does the work."""
+    def _obey(self) -> None:
+        """The first signal to stop starts the drain, the second ends it."""
+        if self._signals.reload_wanted:
+            self._signals.reload_wanted = False
+            self._reload()
         now = time.monotonic()
-        self._forced = self._deadline is not None
-        self._deadline = now if self._forced else now + self.settings.drain_seconds
-        self._server.pull_trigger()
-
-    def _hang_up(self, number: int, frame: Any) -> None:
-        self._reload_wanted = True
-        self._server.pull_trigger()
+        if self._signals.stops and self._deadline is None:
+            self._deadline = now + self.settings.drain_seconds
+        if self._signals.stops > 1 and not self._forced:
+            self._deadline, self._forced = now, True
 
     def _finished(self) -> bool:
-        if self._reload_wanted:
-            self._reload_wanted = False
-            self._reload()
+        self._obey()
         if self._deadline is None:
             return False
         if self._server.accepting:

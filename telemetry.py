@@ -47,6 +47,8 @@ log = logging.getLogger("opensourcellmrouter.telemetry")
 # 1. Secrets -----------------------------------------------------------------------------------------------------------
 _secrets: set[str] = set()
 _known: re.Pattern[str] | None = None
+_long: tuple[str, ...] = ()
+"""Those that nobody writes by chance: a key that is an everyday word must not go out of every prompt."""
 # What a key looks like although nobody registered it: credentials of an Authorization header, keys in a query, vendors'
 # prefixes. "basic" is also a word, so what follows it must not look like one.
 _shapes = re.compile(
@@ -58,12 +60,14 @@ _shapes = re.compile(
 
 def keep_secret(value: str) -> None:
     """Register a key or token; from now on `scrub` takes it out of every text. Values under 4 characters are ignored."""
-    global _known
+    global _known, _long
     value = value.strip()
     if len(value) < 4 or value in _secrets:
         return
     _secrets.add(value)
-    _known = re.compile("|".join(re.escape(s) for s in sorted(_secrets, key=len, reverse=True)))
+    longest_first = sorted(_secrets, key=len, reverse=True)
+    _known = re.compile("|".join(map(re.escape, longest_first)))
+    _long = tuple(secret for secret in longest_first if len(secret) >= 8)
     _short.cache_clear()
 
 
@@ -72,6 +76,24 @@ def scrub(text: str) -> str:
     if _known is not None:
         text = _known.sub("[redacted]", text)
     return _shapes.sub(lambda m: (m["keep"] or m["basic"] or "") + "[redacted]", text)
+
+
+def holds_secret(text: str) -> bool:
+    """Is a registered secret (of 8 characters or more) in the text? Quick, also for long texts."""
+    return any(secret in text for secret in _long)
+
+
+def without_secrets(value: Any) -> Any:
+    """The same lists, dicts and texts, with every secret that `holds_secret` knows replaced by `[redacted]`."""
+    if isinstance(value, str):
+        for secret in _long:
+            value = value.replace(secret, "[redacted]")
+        return value
+    if isinstance(value, list):
+        return [without_secrets(item) for item in value]
+    if type(value) is dict:
+        return {without_secrets(key): without_secrets(item) for key, item in value.items()}
+    return value
 
 
 VALUE_CHARS = 4096
@@ -288,7 +310,8 @@ def spans(record: Mapping[str, Any], content: bool = False) -> list[Span]:
 def span_count(record: Mapping[str, Any]) -> int:
     """How many spans `spans` makes of a record."""
     timed = sum(1 for a in record["attempts"] for v in (a["timings"] or {}).values() if v)
-    return 2 + 2 * len(record["attempts"]) + timed + _is_under_way(record)
+    sent = sum(a["kind"] is not None for a in record["attempts"])
+    return 2 + len(record["attempts"]) + sent + timed + _is_under_way(record)
 
 
 def _is_under_way(record: Mapping[str, Any]) -> bool:
@@ -317,7 +340,7 @@ class _Tree:
         self._fault = _fault(record, record["outcome"] in _FAILED)
         self._faults = [self._attempt_fault(a) for a in record["attempts"]]
         self._response = record["response"] or {}
-        usage = self._response.get("usage") if record["usage_source"] != "none" else None
+        usage = _used(record)
         self._usage = {
             "gen_ai.usage.input_tokens": usage["input_tokens"],
             "gen_ai.usage.output_tokens": usage["output_tokens"],
@@ -362,7 +385,8 @@ class _Tree:
         sent = self._add("provider.send", send, self._id(1), start, end, attributes, fault=fault)
         if fault and fault.failure:
             sent["events"] = [_exception(sent, fault)]
-        self._add("provider.http", call, send, start, end, _http(attempt), kind="client", fault=fault)
+        if attempt["kind"] is not None:  # else nothing was sent: the router answered by itself, or could not say it
+            self._add("provider.http", call, send, start, end, _http(attempt), kind="client", fault=fault)
         for n, (name, begin_ms, end_ms) in enumerate(_phases(attempt)):
             self._add(name, self._id(8 * index + 10 + n), send, start + begin_ms, start + end_ms, who)
 
@@ -432,6 +456,12 @@ class _Tree:
         }  # fmt: skip
         self.spans.append(span)
         return span
+
+
+def _used(record: Mapping[str, Any]) -> Mapping[str, int] | None:
+    """The tokens that a request used, as far as somebody knows them; those it only had counted are not among them."""
+    unknown = not record["response"] or record["usage_source"] == "none" or record["operation"] == "count_tokens"
+    return None if unknown else record["response"].get("usage")
 
 
 def _fault(told: Mapping[str, Any], failed: bool) -> _Fault | None:
@@ -1679,7 +1709,7 @@ class Meters:
         labels = {"provider": provider, "model": model, "error": failed}
         self._duration.record(facts["duration_ms"], labels)
         self._overhead.record(max(0.0, facts["overhead_ms"]), labels)
-        usage = facts["response"]["usage"] if facts["response"] and facts["usage_source"] != "none" and not failed else None
+        usage = None if failed else _used(facts)
         of = sums.setdefault((provider, model, failed), [0, 0, 0])
         of[0] += 1
         if usage:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 from conftest import RouterFactory
-from deciding import CHAT, MESSAGES, Fakes, House, MakeApp, config, fake_providers, provider, rule, table
-from router_process import INBOUND_KEY, chat_body
+from deciding import CHAT, MESSAGES, Fakes, House, MakeApp, always, config, fake_providers, provider, rule, table
+from fake_upstream import chat_completion, json_answer, openai_chunks, stream
+from router_process import INBOUND_KEY, PROVIDER_KEY, chat_body
 
 KEYS = {"ALICE_KEY": "key-alice-0123456789", "BOB_KEY": "  key-bob-0123456789 \n", "SHARED_KEY": INBOUND_KEY}
 ALICE, BOB, SHARED = (value.strip() for value in KEYS.values())
@@ -98,6 +99,31 @@ def test_the_key_goes_neither_upstream_nor_into_a_record(house: MakeHouse, fakes
     (sent,) = fakes["a"].posts
     assert ALICE not in str(sent.headers) + sent.body.decode()
     assert ALICE not in str(here.events)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_key_that_a_provider_repeats_reaches_no_reader_of_records(
+    house: MakeHouse, fakes: Fakes, monkeypatch: pytest.MonkeyPatch, streamed: bool
+) -> None:
+    monkeypatch.setenv("UP_KEY", PROVIDER_KEY)
+    here = house(NAMED, provider("b", fakes["b"], api_key_env="UP_KEY"), rule(providers=["b"]))
+    pieces = openai_chunks(f"your key is {PROVIDER_KEY[:9]}")[:-2] + openai_chunks(PROVIDER_KEY[9:] + " indeed")
+    always(stream(pieces) if streamed else json_answer(chat_completion(f"your key is {PROVIDER_KEY} indeed")), fakes["b"])
+    answer = here.chat(f"mine is {ALICE}", headers=bearer(ALICE), stream=streamed)
+    assert answer.status == 200
+    for key in (PROVIDER_KEY, ALICE):
+        assert key not in str(here.records)
+    assert here.records[0]["response"]["content"] == "your key is [redacted] indeed"
+    assert here.records[0]["messages"][0]["content"][0]["text"] == "mine is [redacted]"
+
+
+def test_keys_among_a_requests_parameters_are_not_recorded(house: MakeHouse) -> None:
+    here = house(NAMED)
+    secrets = {"api_key": "sk-mine", "extra_headers": {"Authorization": "Bearer mine", "X-Kind": "seen"}}
+    here.chat(headers=bearer(ALICE), max_tokens=7, **secrets)
+    request = here.records[0]["request"]
+    assert request["api_key"] == request["extra_headers"]["Authorization"] == "[redacted]"
+    assert (request["extra_headers"]["X-Kind"], request["max_tokens"]) == ("seen", 7)
 
 
 def start_error(app: MakeApp, *parts: str) -> str:

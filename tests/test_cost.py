@@ -169,6 +169,19 @@ def test_a_broken_stream_has_a_cost_only_if_one_was_reported(house: MakeHouse, f
     assert costs[1]["total"] == pytest.approx(0.5)
 
 
+def test_counting_tokens_costs_nothing_and_says_nothing_of_the_provider(house: MakeHouse, fakes: Fakes) -> None:
+    here = house(provider("a", fakes["a"], **PRICED), attempts=1, failures=2, cooldown=600)
+    always(error_answer(500), fakes["a"])
+    for _ in range(2):
+        assert here.chat().status == 502
+        assert here.post("/v1/messages/count_tokens", chat_body()).status in (200, 503)
+    assert here.breaker() == "open"
+    counted = [record for record in here.records if record["operation"] == "count_tokens"]
+    assert counted[0]["cost"] is None
+    assert counted[0]["response"]["usage"]["input_tokens"] > 0
+    assert here.stats()["providers"]["a"]["cost_usd"] == 0
+
+
 def test_embeddings_cost_their_input(house: MakeHouse, fakes: Fakes) -> None:
     vectors = {"object": "list", "model": "e", "data": [{"object": "embedding", "index": 0, "embedding": [0.5]}]}
     always(json_answer({**vectors, "usage": {"prompt_tokens": 1000, "total_tokens": 1000}}), fakes["a"])

@@ -186,6 +186,30 @@ def test_nothing_grants_cors(app: MakeApp) -> None:
         assert not [name for name in answer.headers if name.startswith("access-control-")]
 
 
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        ("https://evil.example", 403),
+        ("http://10.0.0.7:8090", 403),
+        ("null", 403),
+        ("http://localhost:3000", 200),
+        ("http://127.0.0.1:8090", 200),
+        ("https://pages.example", 200),
+        ("app://obsidian.md", 200),
+    ],
+)
+def test_a_page_of_another_site_cannot_spend_without_a_key(app: MakeApp, origin: str, status: int) -> None:
+    application = app(server='allowed_hosts = ["pages.example"]')
+    assert post(application, headers={"Origin": origin}).status == status
+
+
+def test_a_page_that_has_a_key_may_be_anywhere(router: RouterFactory) -> None:
+    process = router(server='api_key_env = "KEY"', environment={"KEY": INBOUND_KEY}, start=False)
+    process.key = INBOUND_KEY
+    process.start()
+    assert process.chat(headers={"Origin": "https://evil.example"}).status == 200
+
+
 def test_any_content_type_is_taken_if_the_body_is_json(app: MakeApp) -> None:
     application = app()
     for kind in ("text/plain", "application/x-www-form-urlencoded", "application/json; charset=latin-1", ""):
@@ -484,6 +508,15 @@ def test_the_app_lives_under_its_prefix_and_health_everywhere(router: RouterFact
     assert process.get("/llm/v1/models").status == 200
     assert process.post(CHAT, chat_body()).status == 404
     assert process.get("/llmx/v1/models").status == 404
+
+
+@pytest.mark.parametrize("prefix", ["", "/llm"])
+@pytest.mark.parametrize("path", ["/v1/messages", "/api/v1/messages"])
+def test_too_much_is_refused_in_the_clients_own_words_wherever_it_asks(router: RouterFactory, prefix: str, path: str) -> None:
+    process = router(server=f'max_body_bytes = 2000\nurl_prefix = "{prefix}"')
+    answer = process.post(prefix + path, chat_body("x" * 3000))
+    assert (answer.status, answer.json()["type"]) == (413, "error")
+    assert process.get(f"{prefix}/api/v1/stats").json()["refused"] == {"request_too_large": 1}
 
 
 def test_it_listens_on_a_unix_socket_instead(router: RouterFactory) -> None:

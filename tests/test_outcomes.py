@@ -39,7 +39,7 @@ from fake_upstream import (
     stream,
     stream_head,
 )
-from router_process import PROVIDER_KEY, SECRET_PROMPT, RouterProcess, chat_body, until
+from router_process import PROVIDER, PROVIDER_KEY, SECRET_PROMPT, RouterProcess, chat_body, until
 
 LIMITS = 'read_timeout = 0.6\nidle_timeout = 0.6\napi_key_env = "KEY"'
 BEGUN = openai_chunks("one two", finish=None, done=False)
@@ -422,6 +422,24 @@ def test_a_client_gone_during_the_answer(router: RouterFactory, upstream: FakeUp
         assert record["response"]["usage"]["output_tokens"] > 0
         assert record["status"] == 200
     process.comes_back_to(before)
+
+
+def test_a_count_from_the_start_of_an_answer_is_not_taken_for_all_of_it(router: RouterFactory, upstream: FakeUpstream) -> None:
+    begun = {"id": "msg_1", "type": "message", "role": "assistant", "model": "m", "content": [], "stop_reason": None,
+             "usage": {"input_tokens": 9, "output_tokens": 1}}  # fmt: skip
+    events = [
+        {"type": "message_start", "message": begun},
+        {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+        {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "x" * 1600}},
+    ]
+    pieces = [f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode() for event in events]
+    process = router(providers=PROVIDER.replace('"openai"', '"anthropic"'))
+    upstream.default = stream_head() + chunks(pieces) + pause(0.1) + fin()
+    with process.stream(SECRET_PROMPT) as reply:
+        reply.read()
+    record = process.record()
+    assert (record["outcome"], record["usage_source"]) == ("error", "estimated")
+    assert (record["response"]["usage"]["input_tokens"], record["response"]["usage"]["output_tokens"]) == (9, 400)
 
 
 def test_many_clients_gone_leave_nothing_behind(router: RouterFactory, upstream: FakeUpstream) -> None:

@@ -31,7 +31,7 @@ from fake_upstream import (
     silence,
     stream_head,
 )
-from router_process import SECRET_PROMPT, RouterProcess, Stream, chat_body, read_all, statuses, until
+from router_process import SECRET_PROMPT, RouterProcess, Stream, chat_body, free_port, read_all, statuses, until
 
 BEGUN = openai_chunks("one two", finish=None, done=False)
 
@@ -426,6 +426,21 @@ def test_sighup_reads_the_configuration_again(router: RouterFactory, upstream: F
     assert process.chat().headers["x-router-model"] == "other"
     stats = process.stats()
     assert stats["requests"]["ok"] == len(process.settled(stats["requests"]["accepted"]))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_comes_with_the_first_connection_is_obeyed(router: RouterFactory, number: int) -> None:
+    for _ in range(5):
+        process = router(start=False)
+        process.port = free_port()
+        process.write_config()
+        process.launch()
+        until(lambda process=process: listening(process), 10, "it listens")
+        process.signal(number)
+        if number == signal.SIGHUP:
+            until(lambda process=process: "was read again" in process.errors())
+            process.signal(signal.SIGTERM)
+        assert process.exit_code() == 0
 
 
 def test_sighup_with_a_broken_file_keeps_the_old_configuration(router: RouterFactory) -> None:

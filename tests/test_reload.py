@@ -153,6 +153,40 @@ def test_keys_that_are_gone_open_nothing_and_new_ones_do(running: Callable[..., 
     assert [record["api_key_name"] for record in process.records(2)] == ["old", "new"]
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "127.0.0.1"])
+def test_a_reload_never_opens_a_door_that_was_locked(router: RouterFactory, fakes: Fakes, host: str) -> None:
+    text = config(provider("a", fakes["a"]))
+    process = router(text, server=f'host = "{host}"\napi_key_env = "KEY"', environment={"KEY": INBOUND_KEY}, start=False)
+    process.key = INBOUND_KEY
+    process.start()
+    process.write_config(text, server="")
+    process.signal(signal.SIGHUP)
+    until(lambda: "[server] has changed, which counts only after a restart" in process.errors())
+    assert process.get("/v1/models", {"Authorization": ""}).status == 401
+    assert process.get("/v1/models").status == 200
+
+
+def test_the_last_named_key_is_only_taken_away_by_a_restart(running: Callable[..., RouterProcess], fakes: Fakes) -> None:
+    process = running(table("[[api_keys]]", name="only", key_env="ONLY"), environment={"ONLY": INBOUND_KEY}, start=False)
+    process.key = INBOUND_KEY
+    process.start()
+    reload(process, config(provider("a", fakes["a"])), "no key would be left")
+    assert process.get("/v1/models", {"Authorization": ""}).status == 401
+
+
+def test_the_session_of_a_key_that_is_gone_is_gone_with_it(running: Callable[..., RouterProcess], fakes: Fakes) -> None:
+    environment = {"OLD": "key-old-0123456789", "NEW": INBOUND_KEY}
+    old, new = (table("[[api_keys]]", name=name.lower(), key_env=name) for name in environment)
+    process = running(old, new, environment=environment, server="dashboard = true", start=False)
+    process.key = INBOUND_KEY
+    process.start()
+    signed_in = process.post("/dashboard/session", {"key": environment["OLD"]}, {"Authorization": ""})
+    cookie = {"Cookie": signed_in.headers["set-cookie"].partition(";")[0], "Authorization": ""}
+    assert process.get("/api/v1/stats", cookie).status == 200
+    taken(process, config(provider("a", fakes["a"]), new))
+    assert process.get("/api/v1/stats", cookie).status == 401
+
+
 def test_classifiers_plugins_and_prices_change_too(running: Callable[..., RouterProcess], fakes: Fakes) -> None:
     process = running()
     always(json_answer(chat_completion('{"a": 1,}')), fakes["a"])
