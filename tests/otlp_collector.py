@@ -154,7 +154,10 @@ class OtlpCollector:
         while (field_line := source.readline().strip()) != b"":
             name, _, value = field_line.decode("latin-1").partition(":")
             headers[name.lower()] = value.strip()
-        body = source.read(int(headers.get("content-length", "0")))
+        length = int(headers.get("content-length", "0"))
+        body = source.read(length)
+        if len(body) < length:
+            return None  # the sender gave up
         return Received(line[1].decode(), headers, body, time.monotonic())
 
     def _take(self, request: Received) -> None:
@@ -176,6 +179,8 @@ class OtlpCollector:
                 return False
             if isinstance(step, bytes):
                 connection.sendall(step)
+            elif isinstance(step, threading.Event):
+                step.wait(30)
             elif isinstance(step, float) and self._closing.wait(step):
                 return False
         return True

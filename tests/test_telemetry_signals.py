@@ -42,7 +42,7 @@ def measured(to: Telemetry, collector: OtlpCollector, *records: dict[str, Any]) 
     for record in records:
         to.sink({"type": "start"})
         to.sink(record)
-    to.flush_and_stop(3)
+    to.flush_and_stop(60)
     return collector.metrics()
 
 
