@@ -777,7 +777,8 @@ def price(usage: Usage, provider: Provider, model: str) -> dict[str, Any]:
     into, out, cached = provider.prices(model)
     fresh = max(0, usage.input_tokens - usage.cached_input_tokens)
     parts = {"input": fresh * into + usage.cached_input_tokens * cached, "output": usage.output_tokens * out}
-    total, source = parts["input"] + parts["output"], "configured"
+    parts = {name: round(usd, 15) for name, usd in parts.items()}  # 7.5e-06, not 7.500000000000001e-06
+    total, source = round(parts["input"] + parts["output"], 15), "configured"
     if usage.cost is not None:
         total, source = usage.cost, "reported"
     return {**parts, "total": total, "input_unit_price": into, "output_unit_price": out, "source": source}
