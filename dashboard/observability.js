@@ -72,6 +72,7 @@ class Page {
       card.node.remove();
       this.cards.delete(id);
     }
+    const counters = Object.values(this.stats.broadcast.destinations);
     for (const destination of destinations) {
       const key = JSON.stringify(destination);
       let card = this.cards.get(destination.id);
@@ -82,7 +83,7 @@ class Page {
         this.cards.set(destination.id, made);
         card = made;
       }
-      card.count(this.stats.broadcast.destinations[destination.name], on);
+      card.count(counters.find((one) => one.id === destination.id), on);
     }
     if (!destinations.length && !this.list.firstChild) {
       this.list.append(el("div.empty", {}, el("h3", {}, "No destinations yet"),
