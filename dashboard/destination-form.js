@@ -87,6 +87,16 @@ export class DestinationForm {
       return row;
     };
     for (const [name, value] of Object.entries(given)) add(name, value);
+    // Guides give headers as a JSON object: pasted into any of the fields, it becomes a row for each.
+    list.addEventListener("paste", (event) => {
+      const pasted = headersIn(event.clipboardData.getData("text"));
+      if (!pasted) return;
+      event.preventDefault();
+      const row = event.target.closest(".pair");
+      if ([...row.querySelectorAll("input")].every((input) => !input.value)) row.remove();
+      for (const [name, value] of pasted) add(name, value).querySelector("input").focus();
+      this.changed();
+    });
     const error = el("span.field-error", { role: "alert" });
     this.fields.set("config.headers", { control: list, error });
     this.readHeaders = () => Object.fromEntries([...list.children].map((row) => [...row.querySelectorAll("input")].map((input) => input.value.trim()))
@@ -172,6 +182,17 @@ export class DestinationForm {
     setText(field.error, error.message);
     field.control.setAttribute("aria-invalid", "true");
     return field.control.focus?.();
+  }
+}
+
+// The [name, value] pairs of a JSON object of texts, null for any other text.
+function headersIn(text) {
+  try {
+    const given = JSON.parse(text);
+    const pairs = given && typeof given === "object" && !Array.isArray(given) ? Object.entries(given) : [];
+    return pairs.length && pairs.every(([, value]) => typeof value === "string") ? pairs : null;
+  } catch {
+    return null;
   }
 }
 

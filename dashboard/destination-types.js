@@ -2,13 +2,13 @@
 
 const HEADERS = {
   key: "headers", kind: "headers", label: "Further headers",
-  help: "Sent with every delivery, for instance for authentication. Values are kept secret: they come back masked.",
+  help: "Sent with every delivery, for instance for authentication; a JSON object can be pasted. Values are kept secret: they come back masked.",
 };
 
 export const TYPES = [
   {
     type: "otel-collector", title: "OpenTelemetry Collector",
-    what: "Any OTLP/HTTP receiver: a Collector, SigNoz, Uptrace, OpenObserve, Langfuse, MLflow.",
+    what: "Any receiver of OTLP over HTTP that takes JSON: a Collector, SigNoz, Uptrace, OpenObserve, Langfuse.",
     fields: [
       { key: "endpoint", kind: "url", label: "Endpoint", required: true, placeholder: "http://localhost:4318/v1/traces",
         help: "Used exactly as it stands. The Collector's otlp receiver listens on port 4318 for HTTP, and takes traces at /v1/traces." },

@@ -546,6 +546,29 @@ def test_filter_rules_keys_and_sampling_are_kept_as_they_were_entered(page_route
         expect(page.get_by_label("Sampling")).to_have_value("12.5")
 
 
+def test_headers_pasted_as_the_json_object_of_a_guide_become_rows(page_router, visit):
+    headers = {"Authorization": "Bearer xaat-your-token", "X-Axiom-Dataset": "your-dataset"}
+    router = page_router()
+    with FakeCollector() as receiver:
+        page = visit(router).open("/dashboard/observability")
+        page.get_by_role("button", name="Add a destination").click()
+        page.get_by_role("button", name="OpenTelemetry Collector").click()
+        page.get_by_label("Endpoint").fill(receiver.url)
+        page.get_by_role("button", name="Add a header").click()
+        page.get_by_label("Header name").evaluate(
+            """(field, text) => {
+              const data = new DataTransfer();
+              data.setData("text", text);
+              field.dispatchEvent(new ClipboardEvent("paste", { clipboardData: data, bubbles: true, cancelable: true }));
+            }""",
+            json.dumps(headers, indent=2),
+        )
+        expect(page.get_by_label("Header name")).to_have_count(2)
+        page.get_by_role("button", name="Test connection").click()
+        expect(page.locator("form .notice")).to_contain_text("The connection works")
+        assert headers.items() <= {k.title(): v for k, v in receiver.received[0].headers.items()}.items()
+
+
 def test_what_is_wrong_with_a_field_is_told_at_the_field(page_router, visit):
     router = page_router()
     looked = visit(router)
