@@ -1211,7 +1211,7 @@ def doctor(args: Any) -> int:
     out = [p for p in app.config.providers if p.name not in app.pipeline.plan.lanes]
     findings += [(f"provider {p.name}", False, f"left out: set the environment variable {p.api_key_env}") for p in out]
     findings += _telemetry_findings(app.config.telemetry) if app.config.telemetry.enabled else []
-    findings += _broadcast_findings(app) if app.broadcast_wanted(app.config) else []
+    findings += _broadcast_findings(app) if app.config.broadcast or app.broadcast_wanted(app.config) else []
     app.close()
     width = max(len(what) for what, _, _ in findings)
     for what, ok, text in findings:

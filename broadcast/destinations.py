@@ -498,6 +498,7 @@ def _rule(rule: Mapping[str, Any], have: Any, search: Search) -> bool:
 SECRETS: Final = ("api_key", "token", "access_token")
 OPEN_HEADERS: Final = frozenset(("x-axiom-dataset", "x-honeycomb-dataset", "x-scope-orgid", "x-tenant", "content-type"))
 MARK: Final = "…"
+TOKEN = re.compile(r"(?<=[^/]/)[\w-]{20,}(?=/|$)")
 
 
 def read_config(given: Any) -> dict[str, Any]:
@@ -557,9 +558,10 @@ def _masked(name: str, value: Any) -> Any:
     """A field of `config` as it is shown."""
     if isinstance(value, dict):
         return {key: text if key.lower() in OPEN_HEADERS else mask(text) for key, text in value.items()}
-    if name in URLS:  # a key in the query is a secret too
+    if name in URLS:  # a key in the query is a secret too, and so is what many a webhook has in its path
         base, has_query, _ = value.partition("?")
-        return f"{base}?{MARK}" if has_query else value
+        base = TOKEN.sub(lambda match: mask(match[0]), base)
+        return f"{base}?{MARK}" if has_query else base
     return mask(value) if name in SECRETS else value
 
 

@@ -22,6 +22,16 @@ CASES = {
     "traced": TELEMETRY.format("http://127.0.0.1:9101", "1.0"),
     "unsampled": TELEMETRY.format("http://127.0.0.1:9101", "0.0"),
     "nocollector": TELEMETRY.format("http://127.0.0.1:9", "1.0"),
+    "broadcast": """
+[broadcast]
+enabled = true
+database = "state/broadcast.db"
+
+[[broadcast.destinations]]
+name = "archive"
+type = "file"
+path = "/dev/null"
+""",
 }
 
 

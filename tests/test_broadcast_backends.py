@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
-from backends import Collector, Jaeger, Span, collector, jaeger, need
+from backends import Collector, Jaeger, Span, collector, jaeger, need, otlp
 from backends.process import get_json
 from broadcast_records import ATTEMPT, attributes, failed, generation, record
 from broadcast_runs import collector as to_collector
@@ -162,26 +162,31 @@ def test_a_collector_that_stops_and_returns_gets_everything_once_or_again_under_
 # -- the Grafana document's list of queries, each with Jaeger's counterpart
 
 
-@pytest.fixture(scope="module")
-def asked(the_jaeger: Jaeger, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Trace ids of requests that differ in what the document's queries ask for."""
+def wanted() -> dict[str, dict[str, Any]]:
+    """Requests that differ in what the document's queries ask for."""
     trace = {"trace_id": "monitoring_pipeline_001", "trace_name": "Metric Analysis Pipeline"}
     trace |= {"generation_name": "Anomaly Detection"}
     trace |= {"environment": "production", "alert_id": "alert_789"}
-    wanted = {
+    return {
         "turbo": now(requested_model="openai/gpt-4-turbo", user="user_abc123"),
         "slow": now(duration_ms=6_000.0, attempts=[ATTEMPT | {"duration_ms": 5_900.0}]),
         "failed": failed(ts_ms=int(time.time() * 1000) - 10_000),
         "pipeline": now(requested_model="openai/gpt-4o", trace=trace, user="user_12345", session_id="session_abc"),
         "private": now(requested_model="openai/gpt-4o", trace={"environment": "staging"}),
     }
+
+
+@pytest.fixture(scope="module")
+def asked(the_jaeger: Jaeger, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The trace ids of these requests, which Jaeger has."""
+    requests = wanted()
     folder = tmp_path_factory.mktemp("broadcast")
     jaeger_itself = Destination("j", "jaeger", base_url=the_jaeger.endpoint)
     with running(folder, jaeger_itself) as made:
-        for one in wanted.values():
+        for one in requests.values():
             made.sink(one)
-        assert settled(made, "j", len(wanted))["delivered"] == len(wanted)
-    ids = {name: generation(encode(one, privacy=True))["traceId"] for name, one in wanted.items()}
+        assert settled(made, "j", len(requests))["delivered"] == len(requests)
+    ids = {name: generation(encode(one, privacy=True))["traceId"] for name, one in requests.items()}
     until(lambda: set(ids.values()) <= set(the_jaeger.find("openrouter")))
     return ids
 
@@ -223,6 +228,67 @@ def test_query_custom_metadata_by_environment(the_jaeger: Jaeger, asked: dict[st
 
 def test_query_custom_metadata_by_alert(the_jaeger: Jaeger, asked: dict[str, str]) -> None:
     assert the_jaeger.find("openrouter", {"trace.metadata.alert_id": "alert_789"}) == [asked["pipeline"]]
+
+
+# The same list once more in the Collector's own language of conditions, which knows patterns, durations and the status as
+# TraceQL does: each query is a pipeline that lets through the spans it finds.
+OURS = 'resource.attributes["service.name"] == "openrouter"'
+QUERIES = {
+    "view all": ("true", {"turbo", "slow", "failed", "pipeline", "private"}),
+    "filter by model": ('attributes["gen_ai.request.model"] == "openai/gpt-4-turbo"', {"turbo"}),
+    "find slow requests": ('end_time - start_time > Duration("5s")', {"slow"}),
+    "find requests by user": ('attributes["user.id"] == "user_abc123"', {"turbo"}),
+    "find errors": ("status.code == STATUS_CODE_ERROR", {"failed"}),
+    "find by pattern": ('IsMatch(attributes["gen_ai.request.model"], "^.*gpt-4.*$")', {"turbo", "pipeline", "private"}),
+    "query by environment": ('attributes["trace.metadata.environment"] == "production"', {"pipeline"}),
+    "query by alert": ('attributes["trace.metadata.alert_id"] == "alert_789"', {"pipeline"}),
+    "tokens are integers": ('attributes["gen_ai.usage.total_tokens"] == 3058', {"turbo", "slow", "pipeline", "private"}),
+    "cost is a double": ('attributes["gen_ai.usage.total_cost"] == 0.005334', {"turbo", "slow", "pipeline", "private"}),
+}
+
+
+class Querying(Collector):
+    """A Collector with a pipeline per query."""
+
+    def _config(self) -> dict[str, Any]:
+        config = super()._config()
+        config["processors"] = {}
+        for number, (condition, _) in enumerate(QUERIES.values()):
+            config["processors"][f"filter/{number}"] = {
+                "error_mode": "propagate",
+                "traces": {"span": [f"not ({OURS} and {condition})"]},
+            }
+            config["exporters"][f"file/{number}"] = config["exporters"]["file"] | {"path": str(self.found(number))}
+            config["service"]["pipelines"][f"traces/{number}"] = {
+                "receivers": ["otlp"],
+                "processors": [f"filter/{number}"],
+                "exporters": [f"file/{number}"],
+            }
+        return config
+
+    def found(self, number: int) -> Path:
+        return self.directory / f"found-{number}.jsonl"
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+    """query -> the names of the requests whose spans the Collector let through."""
+    need(collector)
+    folder, requests = tmp_path_factory.mktemp("querying"), wanted()
+    names = {generation(encode(one, privacy=True))["traceId"]: name for name, one in requests.items()}
+    with Querying(folder) as backend:
+        with running(folder, to_collector("q", backend.endpoint + "/v1/traces", privacy_mode=True)) as made:
+            for one in requests.values():
+                made.sink(one)
+            assert settled(made, "q", len(requests))["delivered"] == len(requests)
+        lines = [backend.found(number).read_text("utf-8").splitlines() for number in range(len(QUERIES))]
+    told = ({names[span["trace_id"]] for line in some for span in otlp.spans(json.loads(line))} for some in lines)
+    return dict(zip(QUERIES, told, strict=True))
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_the_collectors_own_conditions_find_what_traceql_would(found: dict[str, set[str]], query: str) -> None:
+    assert found[query] == QUERIES[query][1]
 
 
 def root(backend: Jaeger, trace_id: str) -> Span:

@@ -557,6 +557,16 @@ def test_every_secret_field_of_every_type_is_masked(tmp_path: Path) -> None:
     assert '"open"' in shown
 
 
+def test_a_secret_in_a_webhooks_path_is_masked_and_comes_back_as_it_was(api: Broadcast, receiver: FakeCollector) -> None:
+    url = receiver.url.replace("/v1/traces", "/services/T000/SECRET7890123456789x")
+    made = api.api("POST", "/destinations", {"type": "webhook", "config": {"url": url}})[1]
+    assert made["config"]["url"] == url.replace("SECRET7890123456789x", "SECR…789x")
+    assert api.api("PUT", f"/destinations/{made['id']}", {"config": made["config"], "privacy_mode": True})[0] == 200
+    assert [got.path for got in receiver.received] == ["/services/T000/SECRET7890123456789x"] * 2
+    shown = api.api("GET", f"/destinations/{made['id']}/payload")[1]
+    assert "SECRET" not in json.dumps(shown)
+
+
 def test_references_and_files_are_refused_over_the_api(api: Broadcast, receiver: FakeCollector) -> None:
     for config in ({"endpoint": receiver.url, "headers": {"A": "Bearer ${HOME}"}}, {"endpoint": receiver.url + "/${HOME}"}):
         status, told = api.api("POST", "/destinations", {"type": "otel-collector", "config": config})
