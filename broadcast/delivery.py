@@ -70,10 +70,13 @@ class Searcher:
 
     def __init__(self) -> None:
         self._child: subprocess.Popen[str] | None = None
+        self._closed = False
         self._lock = threading.Lock()
 
     def __call__(self, pattern: str, text: str) -> bool:
         with self._lock:
+            if self._closed:
+                return False
             try:
                 answer = self._ask(json.dumps([pattern, text]))
             except OSError:
@@ -100,7 +103,9 @@ class Searcher:
         self._child = None
 
     def close(self) -> None:
+        """Find nothing any more."""
         with self._lock:
+            self._closed = True
             self._end()
 
 
@@ -209,7 +214,8 @@ class Writer:
         self._stop.set()
         self._wake.set()
         self._thread.join(max(0.0, timeout))
-        self._search.close()
+        self._search.close()  # what waited for it is left out, counted and done with at once
+        self._thread.join(0.5)
 
 
 class Worker:
