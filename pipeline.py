@@ -76,9 +76,10 @@ class Retry:
 
     def __post_init__(self) -> None:
         if not 1 <= self.attempts <= 20:
-            raise ValueError("attempts must lie between 1 and 20")
-        if not all(400 <= s <= 599 for s in self.on_status):
-            raise ValueError("on_status takes HTTP error statuses, 400 to 599")
+            raise ValueError("attempts: must lie between 1 and 20")
+        for i, status in enumerate(self.on_status):
+            if not 400 <= status <= 599:
+                raise ValueError(f"on_status[{i}]: must be an HTTP error status, 400 to 599")
 
 
 # One attempt ----------------------------------------------------------------------------------------------------------
@@ -875,7 +876,7 @@ def explain(plan: Plan, request: Request) -> dict[str, Any]:
 def _explained(rule: Rule, index: int, verdict: Verdict, lanes: Mapping[str, Lane]) -> dict[str, Any]:
     candidates = [{"provider": c.lane.name, "model": c.model, "value": c.value, "skipped": c.skipped} for c in verdict.candidates]
     kind = next(kind for kind, cls in RULES.items() if type(rule) is cls)
-    out = [name for name in rule.names() if name not in lanes]
+    out = [name for name in rule.references().values() if name not in lanes]
     reason = verdict.reason + (f"; left out: {', '.join(out)}" if out else "")
     return {"index": index, "type": kind, "name": rule.name, "matched": bool(verdict.live), "reason": reason,
             "candidates": candidates}  # fmt: skip

@@ -95,9 +95,9 @@ class Config:
             if name in names[:i]:
                 raise ValueError(f"providers[{i}].name: {name!r} is taken by an earlier provider")
         for i, rule in enumerate(self.routers):
-            for name in rule.names():
+            for place, name in rule.references().items():
                 if name not in names:
-                    raise ValueError(f"routers[{i}]: no provider is named {name!r}{_suggest(name, names)}")
+                    raise ValueError(f"routers[{i}].{place}: no provider is named {name!r}{_suggest(name, names)}")
         for kind in PARTS:
             for id, table in getattr(self, kind).items():
                 if not isinstance(table.get("enabled", False), bool):
@@ -127,7 +127,7 @@ def load(path: str | Path, environ: Mapping[str, str] = os.environ) -> Config:
     try:
         overridden = telemetry.from_environment(config.telemetry, table.get("telemetry", {}), environ)
     except ValueError as e:
-        raise ConfigError(f"{path.name}.telemetry: {e}") from None
+        raise ConfigError(f"{path.name}.telemetry{_joint(e)}{e}") from None
     return dataclasses.replace(config, telemetry=overridden)
 
 
@@ -198,7 +198,7 @@ class Reader:
 
 def _joint(error: ValueError) -> str:
     """What joins a place and an error's text: some texts go on with the place ("base_url: required")."""
-    return "." if re.match(r"[\w.\[\]-]+: ", str(error)) else ": "
+    return "." if re.match(r"[\w-]+([.\[][^:]*)?: ", str(error)) else ": "
 
 
 _TYPE_NAMES = {
@@ -994,12 +994,12 @@ def prepare(
 
 
 def _plan(config: Config, environ: Mapping[str, str], old: pipeline.Plan | None) -> pipeline.Plan:
-    lanes = _lanes(config, environ, old)
+    lanes, names = _lanes(config, environ, old), [p.name for p in config.providers]
     parts = {kind: _parts(config, kind) for kind in PARTS}
     for part in parts["plugins"]:
-        for name in getattr(part.hooks, "providers", ()):
-            if name not in [p.name for p in config.providers]:
-                raise ValueError(f"plugins.{part.id}: no provider is named {name!r}")
+        for place, name in {} if part.foreign else getattr(part.hooks, "references", {}).items():
+            if name not in names:
+                raise ValueError(f"plugins.{part.id}.{place}: no provider is named {name!r}{_suggest(name, names)}")
     limit = config.server.in_flight_limit
     return pipeline.Plan(lanes, config.routers, config.retry, limit, plugin_settings=config.plugins, **parts)
 

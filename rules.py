@@ -27,8 +27,10 @@ class Breaker:
     cooldown_seconds: float = field(default=30.0, metadata={"doc": "seconds it rests; then one probe decides"})
 
     def __post_init__(self) -> None:
-        if self.failures < 1 or not 0 < self.cooldown_seconds <= 86400:
-            raise ValueError("failures must be at least 1 and cooldown_seconds between 0 and 86400")
+        if self.failures < 1:
+            raise ValueError("failures: must be at least 1")
+        if not 0 < self.cooldown_seconds <= 86400:
+            raise ValueError("cooldown_seconds: must be more than 0 and at most 86400")
 
 
 # A provider in service ------------------------------------------------------------------------------------------------
@@ -207,10 +209,10 @@ class Rule:
 
     name: str = field(default="", kw_only=True, metadata={"doc": "what X-Router-Rule and the record call it"})
 
-    def names(self) -> list[str]:
-        """The providers this rule refers to, for the check at start."""
+    def references(self) -> dict[str, str]:
+        """The providers this rule refers to, each under its place in the rule's table, for the check at start."""
         one = getattr(self, "provider", "")
-        return [one] if one else list(getattr(self, "providers", ()))
+        return {"provider": one} if one else {f"providers[{i}]": n for i, n in enumerate(getattr(self, "providers", ()))}
 
     def judge(self, question: Question) -> Verdict:
         raise NotImplementedError
@@ -241,7 +243,7 @@ class Fallback(Rule):
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.quality_bias <= 1.0:
-            raise ValueError("quality_bias must lie between 0 and 1")
+            raise ValueError("quality_bias: must lie between 0 and 1")
 
     def judge(self, question: Question) -> Verdict:
         offered = _offer(question.among(self.providers), question, self.rewrite_model)
@@ -260,12 +262,14 @@ class Random(Rule):
     candidates: tuple[dict[str, str], ...] = field(default=(), metadata={"doc": "pairs of provider and model instead"})
 
     def __post_init__(self) -> None:
-        for pair in self.candidates:
-            if set(pair) - {"provider", "model"} or "provider" not in pair:
-                raise ValueError("candidates takes tables with provider and model")
+        for i, pair in enumerate(self.candidates):
+            if unknown := pair.keys() - {"provider", "model"}:
+                raise ValueError(f"candidates[{i}].{min(unknown)}: unknown key, known are provider and model")
+            if "provider" not in pair:
+                raise ValueError(f"candidates[{i}].provider: required")
 
-    def names(self) -> list[str]:
-        return [*self.providers, *(c["provider"] for c in self.candidates)]
+    def references(self) -> dict[str, str]:
+        return super().references() | {f"candidates[{i}].provider": c["provider"] for i, c in enumerate(self.candidates)}
 
     def judge(self, question: Question) -> Verdict:
         if self.candidates:

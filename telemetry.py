@@ -124,9 +124,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.sample_ratio <= 1.0:
-            raise ValueError("sample_ratio must lie between 0 and 1")
+            raise ValueError("sample_ratio: must lie between 0 and 1")
         if not 0 <= self.shutdown_seconds <= 300:
-            raise ValueError("shutdown_seconds must lie between 0 and 300")
+            raise ValueError("shutdown_seconds: must lie between 0 and 300")
         _check_endpoint(self.otlp_endpoint)
         for name, value in self.headers.items():
             _check_header(name, value)
@@ -134,12 +134,16 @@ class Settings:
 
 def _check_endpoint(url: str) -> None:
     if not url.startswith(("http://", "https://")):
-        raise ValueError("otlp_endpoint must begin with http:// or https://")
-    parts = urlsplit(url)
+        raise ValueError("otlp_endpoint: must begin with http:// or https://")
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:  # its text tells neither the key nor what to write
+        raise ValueError("otlp_endpoint: a port is a number up to 65535, an IPv6 address stands in brackets") from None
     if parts.username or parts.password or parts.query or parts.fragment:
-        raise ValueError("otlp_endpoint must hold no user, password, query or fragment (credentials go into headers)")
-    if not parts.hostname or parts.port == 0 or not url.isprintable() or " " in url:
-        raise ValueError("otlp_endpoint must look like http://host:4318")
+        raise ValueError("otlp_endpoint: must hold no user, password, query or fragment (credentials go into headers)")
+    if not parts.hostname or port == 0 or not url.isprintable() or " " in url:
+        raise ValueError("otlp_endpoint: must look like http://host:4318")
 
 
 def _check_header(name: str, value: str) -> None:
@@ -166,7 +170,7 @@ def from_environment(settings: Settings, told: Mapping[str, Any], environ: Mappi
         try:
             settings = replace(settings, **{f.name: _from_text(f.name, value)})
         except ValueError as e:
-            raise ValueError(f"{variable}: {e}") from None
+            raise ValueError(f"{e} (from {variable})") from None
     if environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
         settings = replace(settings, enabled=False)
     return settings
@@ -181,7 +185,7 @@ def _from_text(name: str, value: str) -> Any:
     try:
         return float(value)
     except ValueError:
-        raise ValueError("must be a number") from None
+        raise ValueError(f"{name}: must be a number") from None
 
 
 # 3. Trace context -----------------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def _id(file: str) -> str:
 def make(maker: str, id: str, settings: Mapping[str, Any]) -> Part:
     """The part with this id. Raises ValueError, in words for the configuration file, if it cannot be had."""
     if id in GONE:
-        raise ValueError(f"{GONE[id]} does not exist here; set enabled = false")
+        raise ValueError(f"enabled: {GONE[id]} does not exist here, it must be false")
     module_name = settings.get("module")
     if module_name is not None and not isinstance(module_name, str):
         raise ValueError("module: must be a string")

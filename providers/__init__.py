@@ -613,12 +613,18 @@ VENDORS = {
 
 def check_base_url(url: str) -> None:
     """Raise ValueError unless the URL is one a provider can be reached at."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:  # its text tells neither the key nor what to write
+        raise ValueError("base_url: a port is a number up to 65535, an IPv6 address stands in brackets") from None
+    if not re.fullmatch(r"[!-~]+", url):
+        raise ValueError("base_url: must hold no space, control or non-ASCII character")
+    if parts.scheme not in ("http", "https") or not parts.hostname or "%" in parts.hostname:
         raise ValueError("base_url: must look like https://host/v1")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise ValueError("base_url: must hold no user, password, query or fragment (keys go into api_key_env)")
-    if parts.port == 0:
+    if port == 0:
         raise ValueError("base_url: port 0 cannot be connected to")
 
 
