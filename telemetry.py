@@ -161,7 +161,14 @@ _OUR_HEADERS = frozenset(
 
 
 def from_environment(settings: Settings, told: Mapping[str, Any], environ: Mapping[str, str]) -> Settings:
-    """The settings with OTEL_* variables in place of the keys that the file does not tell. Raises ValueError."""
+    """The settings with OTEL_* variables in place of the keys that the file does not tell. Raises ValueError.
+
+    Where telemetry is off nothing else is read: the variables are other programs' too, and off means that they stop nothing.
+    """
+    if environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        settings = replace(settings, enabled=False)
+    if not settings.enabled:
+        return settings
     for f in fields(Settings):
         variable = f.metadata.get("env", "")
         value = environ.get(variable, "")
@@ -171,8 +178,6 @@ def from_environment(settings: Settings, told: Mapping[str, Any], environ: Mappi
             settings = replace(settings, **{f.name: _from_text(f.name, value)})
         except ValueError as e:
             raise ValueError(f"{e} (from {variable})") from None
-    if environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
-        settings = replace(settings, enabled=False)
     return settings
 
 
