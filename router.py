@@ -939,17 +939,26 @@ def _arrival(environ: Mapping[str, Any], path: str, key_name: str | None) -> pip
 
 
 def _inflate(data: bytes, limit: int) -> bytes:
-    """A gzip body unpacked, as far as the limit allows."""
-    unpacker = zlib.decompressobj(wbits=31)
-    try:
-        plain = unpacker.decompress(data, limit + 1)
-    except zlib.error:
-        raise BadRequest("the body is not gzip as Content-Encoding says") from None
-    if len(plain) > limit:
-        raise _too_large(limit)
-    if not unpacker.eof:
+    """A gzip body unpacked, as far as the limit allows: one member or several in a row (RFC 1952, 2.2), and nothing else.
+
+    It is fed in slices, because the end of a member copies what was fed after it, and a member may be 20 bytes long.
+    """
+    plain, room, unpacker = [], limit + 1, None
+    for at in range(0, len(data), 4096):
+        piece = data[at : at + 4096]
+        while piece:
+            unpacker = unpacker or zlib.decompressobj(wbits=31)
+            try:
+                plain.append(unpacker.decompress(piece, room))
+            except zlib.error:
+                raise BadRequest("the body is not gzip as Content-Encoding says") from None
+            room -= len(plain[-1])
+            if not room:
+                raise _too_large(limit)
+            piece, unpacker = unpacker.unused_data, None if unpacker.eof else unpacker
+    if unpacker or not data:
         raise BadRequest("the gzip body is incomplete")
-    return plain
+    return b"".join(plain)
 
 
 def _too_large(limit: int) -> Refused:

@@ -216,6 +216,31 @@ def test_what_claims_to_be_gzip_and_is_not_is_a_400(app: MakeApp) -> None:
         assert answer.error["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize("cut", [1, 40])
+def test_a_body_gzipped_in_several_members_is_taken_whole(app: MakeApp, upstream: FakeUpstream, cut: int) -> None:
+    whole = json.dumps(chat_body("zipped in parts")).encode()
+    body = gzip.compress(whole[:cut]) + gzip.compress(b"") + gzip.compress(whole[cut:])
+    answer = post(app(), body=body, headers={"Content-Encoding": "gzip"})
+    assert answer.status == 200, answer.body
+    assert upstream.posts[0].json()["messages"] == chat_body("zipped in parts")["messages"]
+
+
+def test_several_members_are_taken_up_to_the_same_limit(app: MakeApp, upstream: FakeUpstream) -> None:
+    body = gzip.compress(b'{"model":"m","x":"' + b"a" * 60_000) + gzip.compress(b"a" * 60_000 + b'"}')
+    answer = post(app(server="max_body_bytes = 100000"), body=body, headers={"Content-Encoding": "gzip"})
+    assert answer.status == 413
+    assert upstream.posts == []
+
+
+@pytest.mark.parametrize("after", [b"x", b"\0", b"\x1f\x8b", gzip.compress(b"{}")[:-1]])
+def test_what_stands_after_a_gzipped_body_and_is_no_further_member_is_a_400(
+    app: MakeApp, upstream: FakeUpstream, after: bytes
+) -> None:
+    body = gzip.compress(json.dumps(chat_body()).encode()) + after
+    assert post(app(), body=body, headers={"Content-Encoding": "gzip"}).status == 400
+    assert upstream.posts == []
+
+
 def test_a_gzip_bomb_is_a_413(app: MakeApp, upstream: FakeUpstream) -> None:
     bomb = gzip.compress(b'{"model":"m","x":"' + b"a" * 5_000_000 + b'"}')
     answer = post(app(server="max_body_bytes = 100000"), body=bomb, headers={"Content-Encoding": "gzip"})
