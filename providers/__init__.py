@@ -26,6 +26,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 from types import ModuleType
 from typing import Any, Protocol
@@ -966,18 +967,36 @@ def seconds_until(value: str | None) -> float:
     """How long a valid Retry-After asks to wait, from now; 0 for none or a date that is past."""
     if value is None:
         return 0.0
-    return float(value) if value.isdecimal() else max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    return float(value) if value.isdecimal() else max(0.0, _date(value) - time.time())
 
 
 def retry_after(value: str | None) -> str | None:
-    """A Retry-After as it came if it is valid (RFC 9110, 10.2.3: seconds or a date), else None."""
+    """A Retry-After as it came if it is valid (RFC 9110, 10.2.3: seconds or an HTTP-date), else None."""
     if value is None or re.fullmatch(r"\d{1,9}", value):
         return value
     try:
-        parsedate_to_datetime(value)
+        _date(value)
     except ValueError:
         return None
     return value
+
+
+_DAY = "Mon|Tue|Wed|Thu|Fri|Sat|Sun"
+_MONTH = "Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec"
+_TIME = r"\d\d:\d\d:\d\d"
+_HTTP_DATE = re.compile(
+    rf"(?:{_DAY}), \d\d (?:{_MONTH}) \d{{4}} {_TIME} GMT"
+    rf"|(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day, \d\d-(?:{_MONTH})-\d\d {_TIME} GMT"
+    rf"|(?:{_DAY}) (?:{_MONTH}) [ \d]\d {_TIME} \d{{4}}"
+)
+"""IMF-fixdate and the two obsolete forms that a recipient must take (RFC 9110, 5.6.7). All of them are in UTC."""
+
+
+def _date(value: str) -> float:
+    """An HTTP-date as Unix seconds. Raises ValueError for what e-mail would take for a date and HTTP does not."""
+    if not _HTTP_DATE.fullmatch(value):
+        raise ValueError("no HTTP-date")
+    return parsedate_to_datetime(value).replace(tzinfo=UTC).timestamp()
 
 
 def lost(what: str, *, refused: bool = False) -> UpstreamError:
