@@ -231,6 +231,13 @@ def read_field(data: Mapping[str, Any], name: str, types: Any, what: str, *, req
     return value
 
 
+def check_positive(data: Mapping[str, Any], *names: str) -> None:
+    """Raise BadRequest naming the first of these fields, read as whole numbers before, that is there and below 1."""
+    for name in names:
+        if data.get(name) is not None and data[name] < 1:
+            raise BadRequest(f"{name} must be at least 1", param=name)
+
+
 def read_strings(value: str | list[Any] | None, name: str) -> list[str]:
     """A string, or a list of them, as a list. Raises BadRequest naming the field."""
     values = [value] if isinstance(value, str) else value or []

@@ -41,6 +41,7 @@ from providers import (
     Usage,
     Used,
     amount,
+    check_positive,
     dig,
     dumps,
     event_data,
@@ -71,6 +72,7 @@ def parse_request(body: Body, headers: Mapping[str, str]) -> Request:
     for name, (attribute, types, what) in _PLAIN.items():
         if (value := read_field(data, name, types, what)) is not None:
             setattr(request, attribute, value)
+    check_positive(data, "max_output_tokens")
     request.system = [_text_block(text)] if (text := read_field(data, "instructions", str, "a string")) else []
     request.tools = [_tool(t, f"tools[{i}]") for i, t in enumerate(read_field(data, "tools", list, "a list") or [])]
     request.extra = _left_over(data)
