@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import anthropic
 import openai
 import pytest
 from conftest import RouterFactory
@@ -93,6 +94,30 @@ def test_it_stops_where_it_is_told(client: openai.OpenAI) -> None:
     assert "three" not in answer.choices[0].message.content
     assert "two" in answer.choices[0].message.content
     assert answer.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    ("told", "ended"),
+    [
+        ({"stop_sequences": ["four", "three"]}, ("stop_sequence", "three", "one two")),
+        ({"stop_sequences": ["three", "three four"]}, ("stop_sequence", "three", "one two")),
+        ({"stop_sequences": ["three"], "max_tokens": 1}, ("max_tokens", None, "one")),
+        ({"stop_sequences": ["five"]}, ("end_turn", None, "one two three four")),
+        ({}, ("end_turn", None, "one two three four")),
+    ],
+)
+def test_an_anthropic_client_is_told_which_sequence_stopped_it(
+    process: RouterProcess, told: dict[str, Any], ended: tuple[str, str | None, str], streamed: bool
+) -> None:
+    with anthropic.Anthropic(base_url=process.url, api_key="unused", max_retries=0, timeout=10) as client:
+        asked: Any = {"model": "echo", "max_tokens": 9, "messages": [{"role": "user", "content": "one two three four"}], **told}
+        if streamed:
+            with client.messages.stream(**asked) as events:
+                message: Any = events.get_final_message()
+        else:
+            message = client.messages.create(**asked)
+    assert (message.stop_reason, message.stop_sequence, message.content[0].text) == ended
 
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
