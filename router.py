@@ -1003,26 +1003,31 @@ def prepare(
 
 
 def _plan(config: Config, environ: Mapping[str, str], old: pipeline.Plan | None) -> pipeline.Plan:
-    lanes, names = _lanes(config, environ, old), [p.name for p in config.providers]
+    lanes = _lanes(config, environ, old)
     parts = {kind: _parts(config, kind) for kind in PARTS}
-    for part in parts["plugins"]:
-        for place, name in {} if part.foreign else getattr(part.hooks, "references", {}).items():
-            if name not in names:
-                raise ValueError(f"plugins.{part.id}.{place}: no provider is named {name!r}{_suggest(name, names)}")
     limit = config.server.in_flight_limit
     return pipeline.Plan(lanes, config.routers, config.retry, limit, plugin_settings=config.plugins, **parts)
 
 
 def _parts(config: Config, kind: str) -> list[plugins.Part]:
-    """The enabled parts of a section."""
+    """The enabled parts of a section. Those that are off are checked, too: a request may turn one on."""
     made = []
     for id, settings in getattr(config, kind).items():
-        if settings.get("enabled", False):
-            try:
-                made.append(plugins.make(PARTS[kind], id, settings))
-            except ValueError as e:
-                raise ValueError(f"{kind}.{id}{_joint(e)}{e}") from None
+        enabled = settings.get("enabled", False)
+        try:
+            part = (plugins.make if enabled else plugins.rehearse)(PARTS[kind], id, settings)
+            _check_references(part, [p.name for p in config.providers])
+        except ValueError as e:
+            raise ValueError(f"{kind}.{id}{_joint(e)}{e}") from None
+        made += [part] if part and enabled else []
     return made
+
+
+def _check_references(part: plugins.Part | None, names: Sequence[str]) -> None:
+    """Raise ValueError if a part of ours names a provider that does not exist."""
+    for place, name in {} if part is None or part.foreign else getattr(part.hooks, "references", {}).items():
+        if name not in names:
+            raise ValueError(f"{place}: no provider is named {name!r}{_suggest(name, names)}")
 
 
 def _lanes(config: Config, environ: Mapping[str, str], old: pipeline.Plan | None) -> dict[str, rules.Lane]:

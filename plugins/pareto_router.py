@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from plugins import Missing
 from providers import BadRequest, Request
 
 
@@ -19,6 +20,8 @@ class ParetoRouter:
         tiers = settings.get("tiers")
         if unknown := set(settings) - {"tiers", "default_tier", "tier"}:
             raise ValueError(f"{min(unknown)}: unknown key, known are tiers and default_tier")
+        if tiers is None:
+            raise Missing("tiers: required")
         if not isinstance(tiers, dict) or not tiers or not all(isinstance(t, list) and t for t in tiers.values()):
             raise ValueError("tiers: must map each tier to a list of providers")
         self._tiers = {name: [_candidate(c, f"tiers.{name}[{i}]") for i, c in enumerate(tier)] for name, tier in tiers.items()}
