@@ -315,7 +315,7 @@ class Run:
         self._first: Blocks | None = None
         self._render: Callable[[Blocks], bytes] = lambda blocks: b""
         self._tail: Callable[[], bytes] = bytes
-        self._render_error: Callable[[RequestError], bytes] = providers.language(request.format).render_stream_error
+        self._render_error: Callable[[RequestError], bytes] = _nothing
         self._emit("start", model=request.model, in_flight=self.in_flight)
 
     # what interrupts a wait
@@ -512,13 +512,17 @@ class Run:
 
     def _choose_renderer(self) -> None:
         face = providers.language(self.request.format)
-        if self._native:
+        if self._native and hasattr(face, "Relay"):
+            relay = face.Relay(self.request, self._stamp())
+            self._render, self._render_error = relay.feed, relay.fail
+        elif self._native:
             self._render = lambda blocks: b"".join(raw for raw, events in blocks if not face.hides(events, self.request))
+            self._render_error = face.render_stream_error
         else:
             renderer = face.Renderer(self.request, self._stamp())
             self._render = lambda blocks: b"".join(renderer.feed(e) for _, events in blocks for e in events)
             self._tail = renderer.end
-            self._render_error = getattr(renderer, "fail", face.render_stream_error)
+            self._render_error = renderer.fail if hasattr(renderer, "fail") else face.render_stream_error
 
     def _stamp(self) -> Stamp:
         model = self.answer.model or (self.attempt.candidate.model if self.attempt else self.request.model)

@@ -2,9 +2,10 @@
 
 A format is one file of pure functions in this folder and its name is its registration: `format = "ollama"` is
 `providers/ollama.py`. A file may have two faces. The client face hears a client and answers it: `parse_request`, `render`,
-`Renderer` (streams), `render_error`, `render_stream_error`. The upstream face speaks to a provider: `build`, `parse`,
-`Parser` (streams). Between the two lie the words of this module: `Request`, `Event`, `Answer`. So N client and M upstream
-formats cost N + M files, never N x M. What an upstream can do beyond "chat" it says in `OPERATIONS`.
+`Renderer` (streams), `render_error`, `render_stream_error`. (Where the error that ends a stream must know what was said before,
+that is `Renderer.fail`, and `Relay` for a stream that is passed on as it comes.) The upstream face speaks to a provider:
+`build`, `parse`, `Parser` (streams). Between the two lie the words of this module: `Request`, `Event`, `Answer`. So N client
+and M upstream formats cost N + M files, never N x M. What an upstream can do beyond "chat" it says in `OPERATIONS`.
 
 Part 1 holds the words, part 2 reads JSON and SSE, part 3 is the exchange with an upstream: urllib3 keeps the connections
 (pool, connect, TLS), one request and its answer run over the pooled socket here, because only so does every wait have

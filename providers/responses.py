@@ -11,7 +11,6 @@ are, and `parse` and `Parser` only listen.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -533,7 +532,7 @@ class Renderer:
         return events
 
     def _head(self) -> bytes:
-        return b"" if self._number else self._tell([self._lifecycle("created"), self._lifecycle("in_progress")])
+        return b"" if self._number else self._tell([self._lifecycle(what) for what in _BEGINNING])
 
     def _lifecycle(self, what: str) -> Item:
         return {"type": f"response.{what}", "response": self._response}
@@ -598,21 +597,71 @@ class Renderer:
     }  # fmt: skip
 
 
-def hides(events: list[Event], request: Request) -> bool:
-    """Nothing is asked for behind the client's back, so nothing is hidden."""
-    return False
+class Relay:
+    """A stream that is passed on as it came. What it says is only looked at, so that one that breaks can end as it was
+    going on: by its own numbers, with its own response and what there is of its items."""
+
+    def __init__(self, request: Request, stamp: Stamp) -> None:
+        self._begun = False
+        self._number = 0
+        self._response = _envelope(request.body.data, stamp)
+        self._items: dict[int, Item] = {}
+        self._growing: dict[int, dict[int, str]] = {}
+
+    def feed(self, blocks: list[tuple[bytes, list[Event]]]) -> bytes:
+        """The blocks as they came."""
+        for block, _ in blocks:
+            _, data = event_data(block.removeprefix(b"\xef\xbb\xbf"))
+            self._look(read_object(data or b"") or {})
+        return b"".join(block for block, _ in blocks)
+
+    def fail(self, error: RequestError) -> bytes:
+        """The end of an answer that broke: the error, and the response with what there is of it."""
+        begin = [] if self._begun else [{"type": f"response.{what}", "response": self._response} for what in _BEGINNING]
+        output = [self._broken(index, item) for index, item in sorted(self._items.items())]
+        failed = {**self._response, "output": output, "status": "failed", "error": _response_error(error)}
+        told = [*begin, _error_event(error), {"type": "response.failed", "response": failed}]
+        return b"".join(sse(dumps({**e, "sequence_number": n}), e["type"]) for n, e in enumerate(told, self._number))
+
+    def _look(self, said: Item) -> None:
+        if "type" not in said:
+            return
+        number, index = said.get("sequence_number"), said.get("output_index")
+        self._number = (number if type(number) is int else self._number) + 1
+        if isinstance(said.get("response"), dict):
+            self._begun, self._response = True, said["response"]
+        if type(index) is not int:
+            return
+        if isinstance(said.get("item"), dict):
+            self._items[index] = said["item"]
+            self._growing[index] = {}
+        if said["type"] == "response.output_item.done":
+            self._growing.pop(index, None)
+        if index in self._growing and isinstance(said.get("delta"), str):
+            parts, part = self._growing[index], said.get("summary_index") or said.get("content_index") or 0
+            parts[part] = parts.get(part, "") + said["delta"]
+
+    def _broken(self, index: int, item: Item) -> Item:
+        """An item as it stays: with what it had grown to, unless it has ended before."""
+        if index not in self._growing:
+            return item
+        fill, parts = _FILLED.get(str(item.get("type"))), list(self._growing[index].values())
+        return {**item, **(fill(parts) if fill and parts else {}), "status": "incomplete"}
+
+
+_BEGINNING = ("created", "in_progress")
+_FILLED: dict[str, Callable[[list[str]], Item]] = {
+    "message": lambda parts: {"content": [_output_text(p) for p in parts]},
+    "reasoning": lambda parts: {"summary": [_summary(p) for p in parts]},
+    "function_call": lambda parts: {"arguments": "".join(parts)},
+    "custom_tool_call": lambda parts: {"input": "".join(parts)},
+}
+"""Type of an item -> the field that its deltas are the text of."""
 
 
 def render_error(error: RequestError) -> dict[str, Any]:
     """The error object, the same as everywhere at OpenAI."""
     return openai.render_error(error)
-
-
-def render_stream_error(error: RequestError) -> bytes:
-    """The last events of a stream that was passed on as it came (a rendered one ends with `Renderer.fail`)."""
-    failed = _envelope({}, Stamp("failed", int(time.time()), "")) | {"status": "failed", "error": _response_error(error)}
-    events = [_error_event(error), {"type": "response.failed", "response": failed}]
-    return b"".join(sse(dumps({**e, "sequence_number": n}), e["type"]) for n, e in enumerate(events))
 
 
 _FAILURES = {"rate_limit": "rate_limit_exceeded", "invalid_request": "invalid_prompt"}

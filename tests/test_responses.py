@@ -283,12 +283,51 @@ def test_a_broken_answer_ends_in_an_error_and_a_failed_response() -> None:
     assert [item["status"] for item in failed["output"]] == ["completed", "incomplete"]
 
 
+@pytest.mark.parametrize("case", cases(UPSTREAM, ".sse"))
+def test_a_stream_passed_on_that_breaks_anywhere_ends_by_its_own_numbers_and_as_its_own_response(case: str) -> None:
+    blocks = responses.Parser().feed(raw_file(UPSTREAM, f"{case}.sse"))
+    for passed in range(len(blocks)):
+        relay = responses.Relay(heard("responses", PATCH), STAMP)
+        before = relay.feed(blocks[:passed])
+        assert before == b"".join(block for block, _ in blocks[:passed])
+        told = said((before + relay.fail(late("stream_idle", 2.0))).replace(b"\r\n", b"\n"))
+        assert [obj["sequence_number"] for obj in told] == list(
+            range(told[0]["sequence_number"], told[0]["sequence_number"] + len(told))
+        )
+        assert [obj["type"] for obj in told if obj["type"] in ("response.created", "error", "response.failed")] == [
+            "response.created", "error", "response.failed",
+        ]  # fmt: skip
+        for obj in told[len(said(before.replace(b"\r\n", b"\n"))) :]:
+            EVENTS.validate_python(obj, strict=True)
+        begun, failed = told[0]["response"], told[-1]["response"]
+        assert (failed["id"], failed["model"], failed["status"]) == (begun["id"], begun["model"], "failed")
+        _check_broken(told, failed["output"])
+
+
+def _check_broken(told: list[dict[str, Any]], output: list[dict[str, Any]]) -> None:
+    """What has ended is there as it ended, what grew is there as far as it came."""
+    ended = {obj["output_index"]: obj["item"] for obj in told if obj["type"] == "response.output_item.done"}
+    begun = {obj["output_index"]: obj["item"] for obj in told if obj["type"] == "response.output_item.added"}
+    assert [item["id"] for item in output] == [begun[index]["id"] for index in sorted(begun)]
+    for index, item in zip(sorted(begun), output, strict=True):
+        parts: dict[int, str] = {}
+        for obj in told:
+            if obj.get("output_index") == index and "delta" in obj:
+                part = obj.get("summary_index", obj.get("content_index", 0))
+                parts[part] = parts.get(part, "") + obj["delta"]
+        assert item == ended[index] if index in ended else item["status"] == "incomplete"
+        assert all(json.dumps(text) in json.dumps(item) for text in parts.values())
+
+
 @pytest.mark.parametrize("how", ["raw", "helper"])
 @pytest.mark.parametrize("rendered_before", [True, False])
 def test_the_official_client_raises_on_a_broken_answer(how: str, rendered_before: bool, upstream: FakeUpstream) -> None:
     renderer, error = responses.Renderer(heard("responses", PATCH), STAMP), late("stream_idle", 2.0)
     head = renderer.feed(Begin()) + renderer.feed(Text("half"))
-    upstream.default = stream([head, renderer.fail(error) if rendered_before else responses.render_stream_error(error)])
+    relay = responses.Relay(heard("responses", PATCH), STAMP)
+    upstream.default = stream(
+        [relay.feed(responses.Parser().feed(head)), renderer.fail(error) if rendered_before else relay.fail(error)]
+    )
     seen: list[str] = []
     with (
         openai.OpenAI(base_url=upstream.url, api_key="unused", max_retries=0) as client,
@@ -655,3 +694,15 @@ def test_a_stream_passed_on_that_fails_raises(
     assert seen[-1] == "response.output_text.delta"
     record = native.record()
     assert (record["outcome"], record["response"]["content"]) == ("error", "Hi")
+
+
+@pytest.mark.parametrize(
+    "last", [fin(), raw(event({"type": "error", "message": "no", "sequence_number": 5}))], ids=["cut", "told"]
+)
+def test_a_stream_passed_on_that_fails_goes_on_counting(native: RouterProcess, upstream: FakeUpstream, last: Any) -> None:
+    blocks = raw_file(UPSTREAM, "text.sse").split(b"\n\n")
+    upstream.script(stream_head("close") + raw(b"\n\n".join(blocks[:5]) + b"\n\n") + last)
+    *_, before, error, end = said(native.post("/v1/responses", {"model": "m", "input": "hi", "stream": True}).body)
+    assert [before["sequence_number"], error["sequence_number"], end["sequence_number"]] == [4, 5, 6]
+    assert (end["response"]["id"], end["response"]["model"]) == ("resp_67c9", "gpt-4.1-2025-04-14")
+    assert [item["content"][0]["text"] for item in end["response"]["output"]] == ["Hi"]
