@@ -501,6 +501,10 @@ class Run:
             text = "every provider for this model is resting after failures"
             return NoProvider(text, status=503, kind="overloaded", code="all_resting", headers=again)
         cannot = sorted({c.skipped for c in self._considered if c.skipped})
+        for kind in providers.shown(self.request):
+            if f"no {providers.READS[kind]}" in cannot:
+                text = f"no provider for the model {self.request.model[:200]!r} can read the {kind} in {self.request.field}"
+                return BadRequest(text, param=self.request.field)
         text = f"no rule routes the model {self.request.model[:200]!r} to a provider"
         return NoProvider(text + (f" ({', '.join(cannot)})" if cannot else ""), code="model_not_found", param="model")
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from providers import Provider, Request, Upstream
+from providers import READS, Provider, Request, Upstream, shown
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Lane:
         self.cost_usd = 0.0
         self.discovered: tuple[str, ...] = ()
         self.capabilities: dict[str, frozenset[str]] = {}
+        self._built_in: frozenset[str] = getattr(upstream.language, "CAPABILITIES", frozenset())
         self._measured: dict[str, deque[tuple[float, float]]] = {
             "ttft_ms": deque(maxlen=100),
             "tokens_per_s": deque(maxlen=100),
@@ -75,14 +76,14 @@ class Lane:
         """What the request needs that this provider cannot do with this model; None if nothing is known to be missing."""
         if request.operation == "embeddings" and "embeddings" not in getattr(self.upstream.language, "OPERATIONS", ()):
             return request.operation
-        if not self.capabilities:
+        if not (self.capabilities or self._built_in) or request.operation == "count_tokens":
             return None
         return next((need for need in needs(request) if self.cannot(model, need)), None)
 
     def cannot(self, model: str, need: str) -> bool:
         """Is this model known to be unable to do this? (What nobody told of it, it may be able to do.)"""
-        able = self.capabilities.get(model) or self.capabilities.get(f"{model}:latest")
-        return able is not None and len(able) > 0 and need not in able
+        able = self.capabilities.get(model) or self.capabilities.get(f"{model}:latest") or self._built_in
+        return bool(able) and need not in able
 
     def resting(self) -> float:
         """Seconds until this provider may be asked again; 0 when it may."""
@@ -160,10 +161,9 @@ class Asked:
 
 
 def needs(request: Request) -> list[str]:
-    """The capabilities that a request calls for, in Ollama's words (its /api/show lists them)."""
-    images = any(b["type"] == "image" for m in request.messages for b in m.content)
+    """The capabilities that a request calls for, in Ollama's words (its /api/show lists them) where it has one."""
     functions = any(t.extra.get("type", "function") == "function" or t.parameters for t in request.tools)
-    return [*(["vision"] if images else []), *(["tools"] if functions and request.tool_choice != "none" else [])]
+    return [*(READS[kind] for kind in shown(request)), *(["tools"] if functions and request.tool_choice != "none" else [])]
 
 
 # Rules ----------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ A format is one file of pure functions in this folder and its name is its regist
 `Renderer` (streams), `render_error`, `render_stream_error`. (Where the error that ends a stream must know what was said before,
 that is `Renderer.fail`, and `Relay` for a stream that is passed on as it comes.) The upstream face speaks to a provider:
 `build`, `parse`, `Parser` (streams). Between the two lie the words of this module: `Request`, `Event`, `Answer`. So N client
-and M upstream formats cost N + M files, never N x M. What an upstream can do beyond "chat" it says in `OPERATIONS`.
+and M upstream formats cost N + M files, never N x M. What an upstream can do beyond "chat" it says in `OPERATIONS`; and if
+all its models can do the same, in `CAPABILITIES` what that is.
 
 Part 1 holds the words, part 2 reads JSON and SSE, part 3 is the exchange with an upstream: urllib3 keeps the connections
 (pool, connect, TLS), one request and its answer run over the pooled socket here, because only so does every wait have
@@ -185,6 +186,11 @@ class Request:
         """May the client's own bytes go on to a provider of this format? Not once a plugin has changed the request."""
         return self.format == format and not self.changed
 
+    @property
+    def field(self) -> str:
+        """The field in which a client of this language writes its messages, for the errors that name it."""
+        return "input" if self.format == "responses" else "messages"
+
     def said(self) -> str:
         """The text people wrote, system prompt included: no images, no tool calls and what they brought back."""
         blocks = [*self.system, *(b for m in self.messages for b in m.content)]
@@ -253,6 +259,18 @@ def block_text(block: Block) -> str:
     if isinstance(content, list):
         return "\n".join(block_text(b) for b in content if isinstance(b, dict))
     return content if isinstance(content, str) else ""
+
+
+READS = {"image": "vision", "audio": "audio", "document": "documents"}
+"""Block that is not text -> what a model must be able to do to read it (`vision` is Ollama's word, its /api/show lists it)."""
+
+
+def shown(request: Request) -> list[str]:
+    """The types of the blocks that a model must be able to read beside text, in what tools brought back as well."""
+    blocks = [b for m in request.messages for b in m.content]
+    results = [b["content"] for b in blocks if b["type"] == "tool_result" and isinstance(b.get("content"), list)]
+    types = {b["type"] for content in (blocks, *results) for b in content}
+    return [kind for kind in READS if kind in types]
 
 
 @dataclass(slots=True)

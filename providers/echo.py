@@ -21,6 +21,7 @@ from typing import Any
 
 from providers import (
     SLICE,
+    BadRequest,
     Begin,
     BlockParser,
     Call,
@@ -42,9 +43,11 @@ from providers import (
     late,
     lost,
     read_object,
+    shown,
 )  # fmt: skip
 
 MODELS = ("echo",)
+CAPABILITIES = frozenset(("completion", "tools"))
 
 
 def endpoint(base_url: str) -> str:
@@ -58,7 +61,12 @@ def credentials(key: str) -> dict[str, str]:
 
 
 def build(request: Request, model: str, provider: Provider) -> Call:
-    """What the embedded model needs to know of a request. What it has no use for (sampling, images) is dropped and noted."""
+    """What the embedded model needs to know of a request. What it has no use for (sampling) is dropped and noted.
+
+    Raises BadRequest for what it cannot read.
+    """
+    for kind in shown(request):
+        raise BadRequest(f"the echo model reads text only, no {kind} in {request.field}", param=request.field)
     said = [block_text(b) for m in request.messages if m.role == "user" for b in m.content[-1:]]
     order = {
         "say": said[-1] if said else "",
@@ -72,9 +80,6 @@ def build(request: Request, model: str, provider: Provider) -> Call:
     unused = ("temperature", "top_p", "top_k", "seed", "presence_penalty", "frequency_penalty", "reasoning")
     dropped = [name for name in unused if getattr(request, name) is not None]
     dropped += ["n"] if request.n > 1 else []
-    dropped += (
-        ["messages"] if any(b["type"] in ("image", "audio", "document") for m in request.messages for b in m.content) else []
-    )
     return Call("/", dumps(order).encode(), "echo_stream" if request.stream else "echo_chat", dropped=dropped)
 
 

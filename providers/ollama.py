@@ -102,8 +102,6 @@ _OPTIONS = {
     "presence_penalty": "presence_penalty", "frequency_penalty": "frequency_penalty",
 }  # fmt: skip
 _UNSAID = ("parallel_tool_calls", "user", "metadata", "service_tier")
-_TEXT_FIELD = {"responses": "input"}
-"""Where a client of this language writes its messages; elsewhere it is `messages`."""
 
 
 def _options(request: Request) -> dict[str, Any]:
@@ -154,7 +152,7 @@ def _build_tool(tool: Tool) -> dict[str, Any]:
 
 
 def _messages(request: Request) -> list[dict[str, Any]]:
-    field = _TEXT_FIELD.get(request.format, "messages")
+    field = request.field
     built = [{"role": "system", "content": _text(request.system)}] if request.system else []
     names: dict[str, str] = {}
     for message in request.messages:

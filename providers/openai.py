@@ -748,8 +748,7 @@ def _build_parts(block: Block, request: Request) -> list[dict[str, Any]]:
     build = _BUILD_PARTS.get(block["type"])
     parts = build(block, request) if build else None
     if parts is None:
-        field = "input" if request.format == "responses" else "messages"
-        raise BadRequest(f"an openai provider cannot read this {block['type']} in {field}", param=field)
+        raise BadRequest(f"an openai provider cannot read this {block['type']} in {request.field}", param=request.field)
     return parts
 
 
