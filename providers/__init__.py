@@ -1345,6 +1345,13 @@ def _readable(sockets: list[Any]) -> list[Any]:
     return [by_fd[fd] for fd, _ in poller.poll(0)] if by_fd else []
 
 
+def forwarded(request: Request, provider: Provider) -> dict[str, Any]:
+    """The router's own fields that go on to a provider which is a router itself (`forward_metadata`): trace and session_id,
+    whatever language it speaks and wherever the client wrote them."""
+    told = {name: request.router.get(name) for name in ("trace", "session_id")} if provider.forward_metadata else {}
+    return {name: value for name, value in told.items() if value}
+
+
 class Upstream:
     """A provider as it runs: its connections, its key, its language. One per [[providers]] table, shared by all threads."""
 

@@ -44,6 +44,7 @@ from providers import (
     dig,
     dumps,
     event_data,
+    forwarded,
     is_header_text,
     malformed,
     read_field,
@@ -582,17 +583,16 @@ def build(request: Request, model: str, provider: Provider) -> Call:
     counting = request.operation == "count_tokens"
     path = "/messages/count_tokens" if counting else "/messages"
     kind = "anthropic_count_tokens" if counting else "anthropic_stream" if request.stream else "anthropic_messages"
-    headers = _headers(request, provider)
+    headers, onward = _headers(request, provider), forwarded(request, provider)
     if request.native("anthropic"):
         cleaned = _signed_only(request.body.data)
-        kept = {"trace", "session_id"} if provider.forward_metadata else set()
-        text = request.body.with_fields({"model": model, **cleaned}, ROUTER_FIELDS - kept)
+        text = request.body.with_fields({"model": model, **cleaned, **onward}, ROUTER_FIELDS - onward.keys())
         return Call(path, text, kind, headers, ["thinking"] if cleaned else [])
     dropped: list[str] = []
     body = _rebuild(request, model, dropped)
     if counting:
         body = {k: v for k, v in body.items() if k in _COUNTED}
-    return Call(path, dumps(body).encode(), kind, headers, list(dict.fromkeys(dropped)))
+    return Call(path, dumps(body | onward).encode(), kind, headers, list(dict.fromkeys(dropped)))
 
 
 _COUNTED = frozenset((

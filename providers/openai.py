@@ -51,6 +51,7 @@ from providers import (
     dig,
     dumps,
     event_data,
+    forwarded,
     malformed,
     read_field,
     read_object,
@@ -635,16 +636,16 @@ def build(request: Request, model: str, provider: Provider) -> Call:
     vectors = request.operation == "embeddings"
     path = "/embeddings" if vectors else "/chat/completions"
     kind = "openai_embeddings" if vectors else "openai_stream" if request.stream else "openai_chat"
+    onward = forwarded(request, provider)
     if request.native("openai"):
         changes: dict[str, Any] = {"model": model}
         if request.stream:
             options = request.body.data.get("stream_options")
             changes["stream_options"] = {**(options if isinstance(options, dict) else {}), "include_usage": True}
-        kept = {"trace", "session_id"} if provider.forward_metadata else set()
-        return Call(path, request.body.with_fields(changes, ROUTER_FIELDS - kept), kind)
+        return Call(path, request.body.with_fields(changes | onward, ROUTER_FIELDS - onward.keys()), kind)
     dropped: list[str] = []
     body = _rebuild_vectors(request, model) if vectors else _rebuild(request, model, provider, dropped)
-    return Call(path, dumps(body).encode(), kind, dropped=list(dict.fromkeys(dropped)))
+    return Call(path, dumps(body | onward).encode(), kind, dropped=list(dict.fromkeys(dropped)))
 
 
 def _rebuild_vectors(request: Request, model: str) -> dict[str, Any]:

@@ -44,6 +44,7 @@ from providers import (
     dig,
     dumps,
     event_data,
+    forwarded,
     malformed,
     openai,
     read_field,
@@ -682,9 +683,10 @@ def _error_event(error: RequestError) -> Item:
 # The words of upstreams that speak it -----------------------------------------------------------------------------------
 def build(request: Request, model: str, provider: Provider) -> Call:
     """The client's own bytes with another model, for an openai provider that has /responses."""
-    kept = {"trace", "session_id"} if provider.forward_metadata else set()
+    onward = forwarded(request, provider)
     kind = "responses_stream" if request.stream else "responses"
-    return Call("/responses", request.body.with_fields({"model": model}, ROUTER_FIELDS - kept), kind)
+    body = request.body.with_fields({"model": model, **onward}, ROUTER_FIELDS - onward.keys())
+    return Call("/responses", body, kind)
 
 
 def parse(data: bytes, request: Request) -> list[Event]:

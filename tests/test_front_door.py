@@ -81,6 +81,38 @@ def test_metadata_is_forwarded_only_to_an_upstream_that_wants_it(app: MakeApp, u
     assert "models" not in sent
 
 
+ASKED: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]},
+    "/v1/messages": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9},
+    "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "hi"}]},
+    "/v1/responses": {"input": "hi"},
+    "/v1/embeddings": {"input": "hi"},
+}
+FORMATS = {"/v1/messages/count_tokens": ["anthropic"], "/v1/embeddings": ["openai", "ollama"]}
+"""The upstreams that are asked of each path; elsewhere all of them, and an openai one that speaks /responses itself."""
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize(
+    ("path", "format"), [(p, f) for p in ASKED for f in FORMATS.get(p, ["openai", "anthropic", "ollama", "responses"])]
+)
+def test_metadata_is_forwarded_in_whatever_language_and_wherever_it_was_said(
+    app: MakeApp, upstream: FakeUpstream, path: str, format: str, wanted: bool
+) -> None:
+    kind = f'format = "{format}"' if format != "responses" else 'format = "openai"\nresponses = true'
+    provider = f'[[providers]]\nname = "up"\n{kind}\nbase_url = "{{upstream}}/v1"\nforward_metadata = {str(wanted).lower()}\n'
+    application = app(providers=provider)
+    body = {"model": "fake-model", **ASKED[path], "trace": {"a": 1}, "plugins": [], "models": ["fake-model"]}
+    post(application, path, {**body, "session_id": "s"}, {"X-Session-Id": "by-header"})
+    post(application, path, body, {"X-Session-Id": "by-header"})
+    post(application, path, {k: v for k, v in body.items() if k != "trace"})
+    asked = [sent.json() for sent in upstream.posts if "show" not in sent.path]
+    told = [{k: v for k, v in a.items() if k in ("trace", "session_id", "plugins", "models")} for a in asked]
+    said = [{"trace": {"a": 1}, "session_id": "s"}, {"trace": {"a": 1}, "session_id": "by-header"}, {}]
+    again = [t for i, t in enumerate(told) if i == 0 or t != told[i - 1]]  # the fake answers in one language only
+    assert again == (said if wanted else [{}])
+
+
 def test_a_whole_answer_says_who_answered_and_what_it_took(app: MakeApp, upstream: FakeUpstream) -> None:
     upstream.script(json_answer(chat_completion(usage={"prompt_tokens": 11, "completion_tokens": 4, "total_tokens": 15})))
     headers = post(app()).headers
