@@ -89,9 +89,9 @@ class Attempt:
     def __init__(self, run: Run, candidate: Candidate, hold: Asked, number: int) -> None:
         self._run, self._lane = run, candidate.lane
         self._upstream = candidate.lane.upstream
-        native = run.request.native("responses") and self._lane.provider.responses
-        self._language = providers.language("responses") if native else self._upstream.language
-        self.native = run.request.native("responses" if native else self._lane.provider.format)
+        language = self._lane.language(run.request)
+        self._language = providers.language(language)
+        self.native = run.request.native(language)
         self._began = time.monotonic()
         self._reply: Reply | None = None
         self._hold = hold
@@ -501,12 +501,18 @@ class Run:
             text = "every provider for this model is resting after failures"
             return NoProvider(text, status=503, kind="overloaded", code="all_resting", headers=again)
         cannot = sorted({c.skipped for c in self._considered if c.skipped})
-        for kind in providers.shown(self.request):
-            if f"no {providers.READS[kind]}" in cannot:
-                text = f"no provider for the model {self.request.model[:200]!r} can read the {kind} in {self.request.field}"
-                return BadRequest(text, param=self.request.field)
+        for need, (place, text) in self._unsaid().items():
+            if f"no {need}" in cannot:
+                return BadRequest(text, param=place)
         text = f"no rule routes the model {self.request.model[:200]!r} to a provider"
         return NoProvider(text + (f" ({', '.join(cannot)})" if cannot else ""), code="model_not_found", param="model")
+
+    def _unsaid(self) -> dict[str, tuple[str, str]]:
+        """What a provider may lack for this request -> the field that needs it, and why it could be told to nobody."""
+        request, place = self.request, self.request.text_field
+        can = f"no provider for the model {request.model[:200]!r} can read the"
+        bound = {name: (name, why) for name, why in request.bound.items()}
+        return bound | {need: (place, f"{can} {kind} in {place}") for need, kind in providers.shown(request).items()}
 
     # giving it to the client
     @property

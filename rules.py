@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from providers import READS, Provider, Request, Upstream, shown
+from providers import Provider, Request, Upstream, shown
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,16 @@ class Lane:
         asks = self.provider.format == "ollama" or "*" in self.provider.models
         return asks and hasattr(self.upstream.language, "models_call")
 
+    def language(self, request: Request) -> str:
+        """The language in which a request goes to this provider: its own, or Responses where both sides speak that."""
+        return "responses" if self.provider.responses and request.native("responses") else self.provider.format
+
     def lacks(self, request: Request, model: str) -> str | None:
         """What the request needs that this provider cannot do with this model; None if nothing is known to be missing."""
         if request.operation == "embeddings" and "embeddings" not in getattr(self.upstream.language, "OPERATIONS", ()):
             return request.operation
+        if request.bound and not request.native(self.language(request)):
+            return next(iter(request.bound))
         if not (self.capabilities or self._built_in) or request.operation == "count_tokens":
             return None
         return next((need for need in needs(request) if self.cannot(model, need)), None)
@@ -163,7 +169,7 @@ class Asked:
 def needs(request: Request) -> list[str]:
     """The capabilities that a request calls for, in Ollama's words (its /api/show lists them) where it has one."""
     functions = any(t.extra.get("type", "function") == "function" or t.parameters for t in request.tools)
-    return [*(READS[kind] for kind in shown(request)), *(["tools"] if functions and request.tool_choice != "none" else [])]
+    return [*shown(request), *(["tools"] if functions and request.tool_choice != "none" else [])]
 
 
 # Rules ----------------------------------------------------------------------------------------------------------------

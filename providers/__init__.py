@@ -146,7 +146,8 @@ class Request:
     {"type": "json_object"} or {"type": "json_schema", "name", "schema", "strict"}. `reasoning` is the number of tokens the
     model may think (0: not at all). `operation` is "chat", "embeddings" (then `inputs` is set) or "count_tokens". `router`
     holds the router's own fields: plugins, trace, session_id, models. `forced` are the (provider, model or None) that a
-    plugin wants asked instead of whom the rules name. `dropped` names what the client said that has no words here.
+    plugin wants asked instead of whom the rules name. `dropped` names what the client said that has no words here; `bound`
+    (field -> why) what cannot be left out either, so that only a provider that gets the client's own bytes may be asked.
     """
 
     format: str
@@ -180,6 +181,7 @@ class Request:
     headers: dict[str, str] = field(default_factory=dict)
     forced: list[tuple[str, str | None]] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
+    bound: dict[str, str] = field(default_factory=dict)
     changed: bool = False
 
     def native(self, format: str) -> bool:
@@ -187,7 +189,7 @@ class Request:
         return self.format == format and not self.changed
 
     @property
-    def field(self) -> str:
+    def text_field(self) -> str:
         """The field in which a client of this language writes its messages, for the errors that name it."""
         return "input" if self.format == "responses" else "messages"
 
@@ -265,12 +267,12 @@ READS = {"image": "vision", "audio": "audio", "document": "documents"}
 """Block that is not text -> what a model must be able to do to read it (`vision` is Ollama's word, its /api/show lists it)."""
 
 
-def shown(request: Request) -> list[str]:
-    """The types of the blocks that a model must be able to read beside text, in what tools brought back as well."""
+def shown(request: Request) -> dict[str, str]:
+    """What a model must be able to do to read all blocks, also those that tools brought back -> the type of the block."""
     blocks = [b for m in request.messages for b in m.content]
     results = [b["content"] for b in blocks if b["type"] == "tool_result" and isinstance(b.get("content"), list)]
     types = {b["type"] for content in (blocks, *results) for b in content}
-    return [kind for kind in READS if kind in types]
+    return {need: kind for kind, need in READS.items() if kind in types}
 
 
 @dataclass(slots=True)

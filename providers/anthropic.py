@@ -666,7 +666,7 @@ def _own(request: Request) -> dict[str, Any]:
 def _add_system(request: Request, body: dict[str, Any], blocks: list[Block]) -> None:
     """The system prompt, as a string where it is one. Where it is all there is, it is what the user says."""
     if not body["messages"] and not blocks:
-        raise BadRequest(f"{request.field} must say something", param=request.field)
+        raise BadRequest(f"{request.text_field} must say something", param=request.text_field)
     if not body["messages"]:
         body["messages"] = [{"role": "user", "content": blocks}]
     elif blocks:
@@ -822,7 +822,7 @@ def _write(block: Block, request: Request, dropped: list[str]) -> list[Block]:
         return [{**written, **_kept(block, "cache_control")}] if written else []
     if request.format == "anthropic":
         return [block]
-    raise BadRequest(f"an anthropic provider takes no {kind} in {request.field}", param=request.field)
+    raise BadRequest(f"an anthropic provider takes no {kind} in {request.text_field}", param=request.text_field)
 
 
 def _write_text(block: Block, request: Request, dropped: list[str]) -> Block | None:
@@ -848,7 +848,7 @@ def _remote_source(block: Block, request: Request) -> Block:
         return {"type": "url", "url": block["url"]}
     if "file_id" in block and request.format == "anthropic":
         return {"type": "file", "file_id": block["file_id"]}
-    raise BadRequest(f"an anthropic provider cannot read this {block['type']} in {request.field}", param=request.field)
+    raise BadRequest(f"an anthropic provider cannot read this {block['type']} in {request.text_field}", param=request.text_field)
 
 
 def _write_document(block: Block, request: Request, dropped: list[str]) -> Block:
@@ -870,7 +870,7 @@ def _decoded(data: str, request: Request) -> str:
     try:
         return base64.b64decode(data).decode("utf-8", "replace")
     except ValueError:
-        raise BadRequest(f"a document in {request.field} is not base64", param=request.field) from None
+        raise BadRequest(f"a document in {request.text_field} is not base64", param=request.text_field) from None
 
 
 def _write_tool_use(block: Block, request: Request, dropped: list[str]) -> Block:

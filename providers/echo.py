@@ -65,8 +65,8 @@ def build(request: Request, model: str, provider: Provider) -> Call:
 
     Raises BadRequest for what it cannot read.
     """
-    for kind in shown(request):
-        raise BadRequest(f"the echo model reads text only, no {kind} in {request.field}", param=request.field)
+    for kind in shown(request).values():
+        raise BadRequest(f"the echo model reads text only, no {kind} in {request.text_field}", param=request.text_field)
     said = [block_text(b) for m in request.messages if m.role == "user" for b in m.content[-1:]]
     order = {
         "say": said[-1] if said else "",

@@ -154,7 +154,7 @@ def _build_tool(tool: Tool) -> dict[str, Any]:
 
 
 def _messages(request: Request) -> list[dict[str, Any]]:
-    field = request.field
+    field = request.text_field
     built = [{"role": "system", "content": _text(request.system)}] if request.system else []
     names: dict[str, str] = {}
     for message in request.messages:

@@ -749,7 +749,7 @@ def _build_parts(block: Block, request: Request) -> list[dict[str, Any]]:
     build = _BUILD_PARTS.get(block["type"])
     parts = build(block, request) if build else None
     if parts is None:
-        raise BadRequest(f"an openai provider cannot read this {block['type']} in {request.field}", param=request.field)
+        raise BadRequest(f"an openai provider cannot read this {block['type']} in {request.text_field}", param=request.text_field)
     return parts
 
 

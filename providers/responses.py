@@ -2,8 +2,8 @@
 
 A request is a list of items (messages, calls, results, thoughts) where the other dialects have turns, so items that belong
 to one turn are joined. An answer is a list of items as well, and a stream tells how each of them grows: a whole answer is
-what such a stream ends in, so both come from one place, `Renderer`. Nothing is kept here between two requests: whatever
-refers to an earlier response is refused.
+what such a stream ends in, so both come from one place, `Renderer`. Nothing is kept here between two requests: what refers
+to an earlier response can be said to nobody but a vendor that keeps them.
 
 The other face has no address of its own: to an openai provider with `responses = true` the client's bytes go on as they
 are, and `parse` and `Parser` only listen.
@@ -62,13 +62,11 @@ EFFORTS = {**openai.EFFORTS, "max": max(openai.EFFORTS.values())}
 def parse_request(body: Body, headers: Mapping[str, str]) -> Request:
     """A request in the router's words. Raises BadRequest naming the field that cannot be."""
     data = body.data
-    for name, why in _CANNOT.items():
-        if data.get(name):
-            raise BadRequest(why, param=name)
     request = Request("responses", body, read_field(data, "model", str, "a string", required=True), include_usage=True)
     if not request.model:
         raise BadRequest("model must not be empty", param="model")
     request.router = router_fields(data, headers)
+    request.bound = {name: why for name, why in _BOUND.items() if data.get(name)}
     for name, (attribute, types, what) in _PLAIN.items():
         if (value := read_field(data, name, types, what)) is not None:
             setattr(request, attribute, value)
@@ -85,7 +83,7 @@ def parse_request(body: Body, headers: Mapping[str, str]) -> Request:
 
 
 _STATELESS = "responses are not kept here, so nothing can refer to an earlier one: send the whole input instead of "
-_CANNOT = {
+_BOUND = {
     "previous_response_id": _STATELESS + "previous_response_id",
     "conversation": _STATELESS + "conversation",
     "prompt": "prompt templates are kept by their vendor: send instructions and input instead of prompt",
@@ -125,13 +123,16 @@ def _text_block(text: str) -> Block:
 
 
 def _read_input(data: Mapping[str, Any], request: Request) -> None:
-    told = read_field(data, "input", (str, list), "a string or a list of items", required=True)
-    items = [{"role": "user", "content": told}] if isinstance(told, str) else told
-    if not items:
+    told = read_field(data, "input", (str, list), "a string or a list of items", required=not request.bound)
+    items = [{"role": "user", "content": told}] if isinstance(told, str) else told or []
+    if not items and not request.bound:
         raise BadRequest("input must not be empty", param="input")
     for i, item in enumerate(items):
         place = f"input[{i}]"
         kind = _kind(item, place)
+        if kind == "item_reference":
+            request.bound[place] = _STATELESS + f"the reference in {place}"
+            continue
         role, blocks = _ITEMS[kind](item, place) if kind in _ITEMS else ("", [])
         if blocks:
             _join(request, role, blocks)
@@ -146,8 +147,6 @@ def _kind(item: Any, place: str) -> str:
     kind = item.get("type") or ("message" if "role" in item else "item_reference")
     if not isinstance(kind, str):
         raise BadRequest(f"{place}.type must be a string", param=f"{place}.type")
-    if kind == "item_reference":
-        raise BadRequest(_STATELESS + f"the reference in {place}", param=place)
     return kind
 
 
@@ -696,7 +695,8 @@ def parse(data: bytes, request: Request) -> list[Event]:
         raise malformed("an answer that is not JSON")
     if body.get("error") or body.get("status") in ("failed", "cancelled"):
         raise _failure(body)
-    if not isinstance(body.get("output"), list) or body.get("status") not in (None, "completed", "incomplete"):
+    finished = body.get("status") in (None, "completed", "incomplete") or request.body.data.get("background")
+    if not isinstance(body.get("output"), list) or not finished:
         raise malformed("an answer that is not a finished response")
     return [Begin(_word(body.get("id")), _word(body.get("model"))), *_output_events(body["output"]), *_end_events(body)]
 

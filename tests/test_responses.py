@@ -61,6 +61,7 @@ from providers import (
 
 REQUESTS, STREAMS, UPSTREAM = "responses/requests", "responses/streams", "responses/upstream"
 STAMP = Stamp("abcdefghij", 1763632800, "up-model")
+BOUND = read("responses", "bound.json")
 PATCH = {"model": "m", "input": "hi", "tools": [{"type": "custom", "name": "apply_patch"}]}
 EVENTS: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 WEATHER = {"type": "function", "name": "weather", "parameters": {"type": "object"}, "strict": False}
@@ -101,6 +102,18 @@ def test_a_request_that_cannot_be_is_refused_by_the_name_of_its_field(refused: d
         heard("responses", refused["client"])
     assert error.value.param == refused["param"]
     assert refused["param"].split(".")[-1].split("[")[0] in error.value.message
+
+
+@pytest.mark.parametrize("bound", BOUND, ids=lambda b: str(b["case"]))
+def test_what_only_its_vendor_can_know_binds_a_request_to_it(bound: dict[str, Any]) -> None:
+    ((param, why),) = heard("responses", bound["client"]).bound.items()
+    assert param == bound["param"]
+    assert param in why
+
+
+def test_a_request_that_goes_on_at_its_vendor_need_say_nothing_more() -> None:
+    assert heard("responses", {"model": "m", "prompt": {"id": "pmpt_1"}}).messages == []
+    assert heard("responses", {"model": "m", "input": [], "previous_response_id": "resp_1"}).messages == []
 
 
 def test_the_routers_own_fields_are_taken_out() -> None:
@@ -535,18 +548,17 @@ def test_an_answer_that_was_cut_short_is_incomplete(client: openai.OpenAI, upstr
     assert last.response.incomplete_details.reason == "max_output_tokens"
 
 
-@pytest.mark.parametrize(
-    ("more", "param"),
-    [
-        ({"previous_response_id": "resp_1"}, "previous_response_id"),
-        ({"background": True}, "background"),
-        ({"input": []}, "input"),
-    ],
-)
-def test_what_cannot_be_is_the_clients_error(client: openai.OpenAI, upstream: FakeUpstream, more: Any, param: str) -> None:
+NO_INPUT = {"case": "no_input", "param": "input", "client": {"model": "m", "input": []}}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("case", [*BOUND, NO_INPUT], ids=lambda c: str(c["case"]))
+def test_what_cannot_be_translated_is_the_clients_error(
+    client: openai.OpenAI, upstream: FakeUpstream, case: dict[str, Any], streamed: bool
+) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
-        client.responses.create(**{"model": "fake-model", "input": "hi", **more})
-    assert refused.value.param == param
+        client.responses.create(**case["client"], stream=streamed)
+    assert refused.value.param == case["param"]
     assert upstream.posts == []
 
 
@@ -663,6 +675,62 @@ def test_a_whole_answer_is_passed_on_byte_for_byte(native: RouterProcess, upstre
     assert [c["name"] for c in record["response"]["tool_calls"]] == ["weather", "now", "apply_patch"]
     assert record["cost"]["total"] == 0.25
     assert record["dropped"] == []
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("bound", BOUND, ids=lambda b: str(b["case"]))
+def test_what_cannot_be_translated_is_passed_on_to_its_vendor(
+    native: RouterProcess, upstream: FakeUpstream, bound: dict[str, Any], streamed: bool
+) -> None:
+    upstream.default = responses_that("text")
+    reply = native.post("/v1/responses", {**bound["client"], "stream": streamed})
+    assert reply.status == 200, reply
+    assert upstream.posts[0].path == "/v1/responses"
+    assert upstream.posts[0].json() == {**bound["client"], "stream": streamed}
+    assert (native.record()["outcome"], native.record()["dropped"]) == ("ok", [])
+
+
+def test_a_response_in_the_background_has_only_begun(native: RouterProcess, upstream: FakeUpstream) -> None:
+    queued = {**read(UPSTREAM, "whole.json"), "status": "queued", "output": [], "usage": None}
+    upstream.default = json_answer(queued)
+    assert native.post("/v1/responses", {"model": "m", "input": "hi", "background": True}).json() == queued
+    assert native.post("/v1/responses", {"model": "m", "input": "hi"}).status == 502, "nobody asked for that"
+    assert [record["outcome"] for record in native.settled(2)] == ["ok", "error"]
+
+
+TWO_KINDS = """
+[[providers]]
+name = "chat"
+format = "openai"
+base_url = "{upstream}/chat/v1"
+
+[[providers]]
+name = "whole"
+format = "openai"
+base_url = "{upstream}/whole/v1"
+responses = true
+"""
+IN_ORDER = """
+[[routers]]
+type = "prefix"
+model_prefix = ""
+provider = "chat"
+
+[[routers]]
+type = "prefix"
+model_prefix = ""
+provider = "whole"
+"""
+
+
+def test_what_cannot_be_translated_goes_past_those_who_would_need_it(router: RouterFactory, upstream: FakeUpstream) -> None:
+    process = router(providers=TWO_KINDS, rules=IN_ORDER)
+    upstream.default = responses_that("text")
+    asked = {"model": "m", "input": "hi", "previous_response_id": "resp_1"}
+    assert process.post("/v1/responses", asked).headers["x-router-provider"] == "whole"
+    assert [sent.path for sent in upstream.posts] == ["/whole/v1/responses"]
+    upstream.default = error_answer(503)
+    assert process.post("/v1/responses", asked).status == 502, "the one that could is down: that is no fault of the request"
 
 
 def test_other_clients_still_speak_chat_to_it(native: RouterProcess, upstream: FakeUpstream) -> None:
