@@ -77,9 +77,10 @@ class Retry:
 
     def __post_init__(self) -> None:
         if not 1 <= self.attempts <= 20:
-            raise ValueError("attempts must lie between 1 and 20")
-        if not all(400 <= s <= 599 for s in self.on_status):
-            raise ValueError("on_status takes HTTP error statuses, 400 to 599")
+            raise ValueError("attempts: must lie between 1 and 20")
+        for i, status in enumerate(self.on_status):
+            if not 400 <= status <= 599:
+                raise ValueError(f"on_status[{i}]: must be an HTTP error status, 400 to 599")
 
 
 # One attempt ----------------------------------------------------------------------------------------------------------
@@ -89,9 +90,9 @@ class Attempt:
     def __init__(self, run: Run, candidate: Candidate, hold: Asked, number: int) -> None:
         self._run, self._lane = run, candidate.lane
         self._upstream = candidate.lane.upstream
-        native = run.request.native("responses") and self._lane.provider.responses
-        self._language = providers.language("responses") if native else self._upstream.language
-        self.native = run.request.native("responses" if native else self._lane.provider.format)
+        language = self._lane.language(run.request)
+        self._language = providers.language(language)
+        self.native = run.request.native(language)
         self._began = time.monotonic()
         self._reply: Reply | None = None
         self._hold = hold
@@ -315,7 +316,7 @@ class Run:
         self._first: Blocks | None = None
         self._render: Callable[[Blocks], bytes] = lambda blocks: b""
         self._tail: Callable[[], bytes] = bytes
-        self._render_error: Callable[[RequestError], bytes] = providers.language(request.format).render_stream_error
+        self._render_error: Callable[[RequestError], bytes] = _nothing
         self._emit("start", model=request.model, in_flight=self.in_flight)
 
     # what interrupts a wait
@@ -500,8 +501,18 @@ class Run:
             text = "every provider for this model is resting after failures"
             return NoProvider(text, status=503, kind="overloaded", code="all_resting", headers=again)
         cannot = sorted({c.skipped for c in self._considered if c.skipped})
+        for need, (place, text) in self._unsaid().items():
+            if f"no {need}" in cannot:
+                return BadRequest(text, param=place)
         text = f"no rule routes the model {self.request.model[:200]!r} to a provider"
         return NoProvider(text + (f" ({', '.join(cannot)})" if cannot else ""), code="model_not_found", param="model")
+
+    def _unsaid(self) -> dict[str, tuple[str, str]]:
+        """What a provider may lack for this request -> the field that needs it, and why it could be told to nobody."""
+        request, place = self.request, self.request.text_field
+        can = f"no provider for the model {request.model[:200]!r} can read the"
+        bound = {name: (name, why) for name, why in request.bound.items()}
+        return bound | {need: (place, f"{can} {kind} in {place}") for need, kind in providers.shown(request).items()}
 
     # giving it to the client
     @property
@@ -511,13 +522,17 @@ class Run:
 
     def _choose_renderer(self) -> None:
         face = providers.language(self.request.format)
-        if self._native:
+        if self._native and hasattr(face, "Relay"):
+            relay = face.Relay(self.request, self._stamp())
+            self._render, self._render_error = relay.feed, relay.fail
+        elif self._native:
             self._render = lambda blocks: b"".join(raw for raw, events in blocks if not face.hides(events, self.request))
+            self._render_error = face.render_stream_error
         else:
             renderer = face.Renderer(self.request, self._stamp())
             self._render = lambda blocks: b"".join(renderer.feed(e) for _, events in blocks for e in events)
             self._tail = renderer.end
-            self._render_error = getattr(renderer, "fail", face.render_stream_error)
+            self._render_error = renderer.fail if hasattr(renderer, "fail") else face.render_stream_error
 
     def _stamp(self) -> Stamp:
         model = self.answer.model or (self.attempt.candidate.model if self.attempt else self.request.model)
@@ -907,7 +922,7 @@ def explain(plan: Plan, request: Request) -> dict[str, Any]:
 def _explained(rule: Rule, index: int, verdict: Verdict, lanes: Mapping[str, Lane]) -> dict[str, Any]:
     candidates = [{"provider": c.lane.name, "model": c.model, "value": c.value, "skipped": c.skipped} for c in verdict.candidates]
     kind = next(kind for kind, cls in RULES.items() if type(rule) is cls)
-    out = [name for name in rule.names() if name not in lanes]
+    out = [name for name in rule.references().values() if name not in lanes]
     reason = verdict.reason + (f"; left out: {', '.join(out)}" if out else "")
     return {"index": index, "type": kind, "name": rule.name, "matched": bool(verdict.live), "reason": reason,
             "candidates": candidates}  # fmt: skip

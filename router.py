@@ -97,9 +97,9 @@ class Config:
             if name in names[:i]:
                 raise ValueError(f"providers[{i}].name: {name!r} is taken by an earlier provider")
         for i, rule in enumerate(self.routers):
-            for name in rule.names():
+            for place, name in rule.references().items():
                 if name not in names:
-                    raise ValueError(f"routers[{i}]: no provider is named {name!r}{_suggest(name, names)}")
+                    raise ValueError(f"routers[{i}].{place}: no provider is named {name!r}{_suggest(name, names)}")
         for kind in PARTS:
             for id, table in getattr(self, kind).items():
                 if not isinstance(table.get("enabled", False), bool):
@@ -135,7 +135,7 @@ def load(path: str | Path, environ: Mapping[str, str] = os.environ) -> Config:
     try:
         overridden = telemetry.from_environment(config.telemetry, table.get("telemetry", {}), environ)
     except ValueError as e:
-        raise ConfigError(f"{path.name}.telemetry: {e}") from None
+        raise ConfigError(f"{path.name}.telemetry{_joint(e)}{e}") from None
     return dataclasses.replace(config, telemetry=overridden)
 
 
@@ -206,7 +206,7 @@ class Reader:
 
 def _joint(error: ValueError) -> str:
     """What joins a place and an error's text: some texts go on with the place ("base_url: required")."""
-    return "." if re.match(r"[\w.\[\]-]+: ", str(error)) else ": "
+    return "." if re.match(r"[\w-]+([.\[][^:]*)?: ", str(error)) else ": "
 
 
 _TYPE_NAMES = {
@@ -971,17 +971,26 @@ def _arrival(environ: Mapping[str, Any], path: str, key_name: str | None) -> pip
 
 
 def _inflate(data: bytes, limit: int) -> bytes:
-    """A gzip body unpacked, as far as the limit allows."""
-    unpacker = zlib.decompressobj(wbits=31)
-    try:
-        plain = unpacker.decompress(data, limit + 1)
-    except zlib.error:
-        raise BadRequest("the body is not gzip as Content-Encoding says") from None
-    if len(plain) > limit:
-        raise _too_large(limit)
-    if not unpacker.eof:
+    """A gzip body unpacked, as far as the limit allows: one member or several in a row (RFC 1952, 2.2), and nothing else.
+
+    It is fed in slices, because the end of a member copies what was fed after it, and a member may be 20 bytes long.
+    """
+    plain, room, unpacker = [], limit + 1, None
+    for at in range(0, len(data), 4096):
+        piece = data[at : at + 4096]
+        while piece:
+            unpacker = unpacker or zlib.decompressobj(wbits=31)
+            try:
+                plain.append(unpacker.decompress(piece, room))
+            except zlib.error:
+                raise BadRequest("the body is not gzip as Content-Encoding says") from None
+            room -= len(plain[-1])
+            if not room:
+                raise _too_large(limit)
+            piece, unpacker = unpacker.unused_data, None if unpacker.eof else unpacker
+    if unpacker or not data:
         raise BadRequest("the gzip body is incomplete")
-    return plain
+    return b"".join(plain)
 
 
 def _too_large(limit: int) -> Refused:
@@ -1028,24 +1037,29 @@ def prepare(
 def _plan(config: Config, environ: Mapping[str, str], old: pipeline.Plan | None) -> pipeline.Plan:
     lanes = _lanes(config, environ, old)
     parts = {kind: _parts(config, kind) for kind in PARTS}
-    for part in parts["plugins"]:
-        for name in getattr(part.hooks, "providers", ()):
-            if name not in [p.name for p in config.providers]:
-                raise ValueError(f"plugins.{part.id}: no provider is named {name!r}")
     limit = config.server.in_flight_limit
     return pipeline.Plan(lanes, config.routers, config.retry, limit, plugin_settings=config.plugins, **parts)
 
 
 def _parts(config: Config, kind: str) -> list[plugins.Part]:
-    """The enabled parts of a section."""
+    """The enabled parts of a section. Those that are off are checked, too: a request may turn one on."""
     made = []
     for id, settings in getattr(config, kind).items():
-        if settings.get("enabled", False):
-            try:
-                made.append(plugins.make(PARTS[kind], id, settings))
-            except ValueError as e:
-                raise ValueError(f"{kind}.{id}{_joint(e)}{e}") from None
+        enabled = settings.get("enabled", False)
+        try:
+            part = (plugins.make if enabled else plugins.rehearse)(PARTS[kind], id, settings)
+            _check_references(part, [p.name for p in config.providers])
+        except ValueError as e:
+            raise ValueError(f"{kind}.{id}{_joint(e)}{e}") from None
+        made += [part] if part and enabled else []
     return made
+
+
+def _check_references(part: plugins.Part | None, names: Sequence[str]) -> None:
+    """Raise ValueError if a part of ours names a provider that does not exist."""
+    for place, name in {} if part is None or part.foreign else getattr(part.hooks, "references", {}).items():
+        if name not in names:
+            raise ValueError(f"{place}: no provider is named {name!r}{_suggest(name, names)}")
 
 
 def _lanes(config: Config, environ: Mapping[str, str], old: pipeline.Plan | None) -> dict[str, rules.Lane]:

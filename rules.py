@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from providers import Provider, Request, Upstream
+from providers import Provider, Request, Upstream, shown
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,10 @@ class Breaker:
     cooldown_seconds: float = field(default=30.0, metadata={"doc": "seconds it rests; then one probe decides"})
 
     def __post_init__(self) -> None:
-        if self.failures < 1 or not 0 < self.cooldown_seconds <= 86400:
-            raise ValueError("failures must be at least 1 and cooldown_seconds between 0 and 86400")
+        if self.failures < 1:
+            raise ValueError("failures: must be at least 1")
+        if not 0 < self.cooldown_seconds <= 86400:
+            raise ValueError("cooldown_seconds: must be more than 0 and at most 86400")
 
 
 # A provider in service ------------------------------------------------------------------------------------------------
@@ -48,6 +50,7 @@ class Lane:
         self.cost_usd = 0.0
         self.discovered: tuple[str, ...] = ()
         self.capabilities: dict[str, frozenset[str]] = {}
+        self._built_in: frozenset[str] = getattr(upstream.language, "CAPABILITIES", frozenset())
         self._measured: dict[str, deque[tuple[float, float]]] = {
             "ttft_ms": deque(maxlen=100),
             "tokens_per_s": deque(maxlen=100),
@@ -69,18 +72,24 @@ class Lane:
         asks = self.provider.format == "ollama" or "*" in self.provider.models
         return asks and hasattr(self.upstream.language, "models_call")
 
+    def language(self, request: Request) -> str:
+        """The language in which a request goes to this provider: its own, or Responses where both sides speak that."""
+        return "responses" if self.provider.responses and request.native("responses") else self.provider.format
+
     def lacks(self, request: Request, model: str) -> str | None:
         """What the request needs that this provider cannot do with this model; None if nothing is known to be missing."""
         if request.operation == "embeddings" and "embeddings" not in getattr(self.upstream.language, "OPERATIONS", ()):
             return request.operation
-        if not self.capabilities:
+        if request.bound and not request.native(self.language(request)):
+            return next(iter(request.bound))
+        if not (self.capabilities or self._built_in) or request.operation == "count_tokens":
             return None
         return next((need for need in needs(request) if self.cannot(model, need)), None)
 
     def cannot(self, model: str, need: str) -> bool:
         """Is this model known to be unable to do this? (What nobody told of it, it may be able to do.)"""
-        able = self.capabilities.get(model) or self.capabilities.get(f"{model}:latest")
-        return able is not None and len(able) > 0 and need not in able
+        able = self.capabilities.get(model) or self.capabilities.get(f"{model}:latest") or self._built_in
+        return bool(able) and need not in able
 
     def resting(self) -> float:
         """Seconds until this provider may be asked again; 0 when it may."""
@@ -158,10 +167,9 @@ class Asked:
 
 
 def needs(request: Request) -> list[str]:
-    """The capabilities that a request calls for, in Ollama's words (its /api/show lists them)."""
-    images = any(b["type"] == "image" for m in request.messages for b in m.content)
+    """The capabilities that a request calls for, in Ollama's words (its /api/show lists them) where it has one."""
     functions = any(t.extra.get("type", "function") == "function" or t.parameters for t in request.tools)
-    return [*(["vision"] if images else []), *(["tools"] if functions and request.tool_choice != "none" else [])]
+    return [*shown(request), *(["tools"] if functions and request.tool_choice != "none" else [])]
 
 
 # Rules ----------------------------------------------------------------------------------------------------------------
@@ -207,10 +215,10 @@ class Rule:
 
     name: str = field(default="", kw_only=True, metadata={"doc": "what X-Router-Rule and the record call it"})
 
-    def names(self) -> list[str]:
-        """The providers this rule refers to, for the check at start."""
+    def references(self) -> dict[str, str]:
+        """The providers this rule refers to, each under its place in the rule's table, for the check at start."""
         one = getattr(self, "provider", "")
-        return [one] if one else list(getattr(self, "providers", ()))
+        return {"provider": one} if one else {f"providers[{i}]": n for i, n in enumerate(getattr(self, "providers", ()))}
 
     def judge(self, question: Question) -> Verdict:
         raise NotImplementedError
@@ -241,7 +249,7 @@ class Fallback(Rule):
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.quality_bias <= 1.0:
-            raise ValueError("quality_bias must lie between 0 and 1")
+            raise ValueError("quality_bias: must lie between 0 and 1")
 
     def judge(self, question: Question) -> Verdict:
         offered = _offer(question.among(self.providers), question, self.rewrite_model)
@@ -260,12 +268,14 @@ class Random(Rule):
     candidates: tuple[dict[str, str], ...] = field(default=(), metadata={"doc": "pairs of provider and model instead"})
 
     def __post_init__(self) -> None:
-        for pair in self.candidates:
-            if set(pair) - {"provider", "model"} or "provider" not in pair:
-                raise ValueError("candidates takes tables with provider and model")
+        for i, pair in enumerate(self.candidates):
+            if unknown := pair.keys() - {"provider", "model"}:
+                raise ValueError(f"candidates[{i}].{min(unknown)}: unknown key, known are provider and model")
+            if "provider" not in pair:
+                raise ValueError(f"candidates[{i}].provider: required")
 
-    def names(self) -> list[str]:
-        return [*self.providers, *(c["provider"] for c in self.candidates)]
+    def references(self) -> dict[str, str]:
+        return super().references() | {f"candidates[{i}].provider": c["provider"] for i, c in enumerate(self.candidates)}
 
     def judge(self, question: Question) -> Verdict:
         if self.candidates:

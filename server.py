@@ -50,22 +50,18 @@ class Settings:
     send_timeout: float = field(default=30.0, metadata={"doc": "a client that reads nothing for so many seconds is cut"})
 
     def __post_init__(self) -> None:
-        if not 2 <= self.threads <= 4096:
-            raise ValueError("threads must lie between 2 and 4096")
-        if not 0 <= self.port <= 65535:
-            raise ValueError("port must lie between 0 and 65535")
+        ranges = {
+            "threads": (2, 4096), "port": (0, 65535), "max_in_flight": (1, self.threads), "max_watchers": (0, self.threads - 1),
+            "max_body_bytes": (1024, 2**31), "drain_seconds": (0, 3600), "send_timeout": (0.1, 3600),
+        }  # fmt: skip
+        for name, (least, most) in ranges.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise ValueError(f"{name}: must lie between {least} and {most}")
         if self.url_prefix and not re.fullmatch(r"(/[\w.~-]+)+", self.url_prefix):
-            raise ValueError("url_prefix must look like /llm, without a slash at its end")
-        if self.max_in_flight is not None and not 1 <= self.max_in_flight <= self.threads:
-            raise ValueError("max_in_flight must lie between 1 and threads")
-        if self.max_watchers is not None and not 0 <= self.max_watchers < self.threads:
-            raise ValueError("max_watchers must lie between 0 and threads - 1")
-        if not 1024 <= self.max_body_bytes <= 2**31:
-            raise ValueError("max_body_bytes must lie between 1024 and 2147483648")
-        if not 0 <= self.drain_seconds <= 3600 or not 0.1 <= self.send_timeout <= 3600:
-            raise ValueError("drain_seconds and send_timeout must lie between 0 (0.1) and 3600")
+            raise ValueError("url_prefix: must look like /llm, without a slash at its end")
         if self.trace_url and "{trace_id}" not in self.trace_url:
-            raise ValueError("trace_url must hold {trace_id}")
+            raise ValueError("trace_url: must hold {trace_id}")
 
     @property
     def watchers(self) -> int:

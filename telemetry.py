@@ -146,9 +146,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.sample_ratio <= 1.0:
-            raise ValueError("sample_ratio must lie between 0 and 1")
+            raise ValueError("sample_ratio: must lie between 0 and 1")
         if not 0 <= self.shutdown_seconds <= 300:
-            raise ValueError("shutdown_seconds must lie between 0 and 300")
+            raise ValueError("shutdown_seconds: must lie between 0 and 300")
         _check_endpoint(self.otlp_endpoint)
         for name, value in self.headers.items():
             _check_header(name, value)
@@ -156,12 +156,16 @@ class Settings:
 
 def _check_endpoint(url: str) -> None:
     if not url.startswith(("http://", "https://")):
-        raise ValueError("otlp_endpoint must begin with http:// or https://")
-    parts = urlsplit(url)
+        raise ValueError("otlp_endpoint: must begin with http:// or https://")
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:  # its text tells neither the key nor what to write
+        raise ValueError("otlp_endpoint: a port is a number up to 65535, an IPv6 address stands in brackets") from None
     if parts.username or parts.password or parts.query or parts.fragment:
-        raise ValueError("otlp_endpoint must hold no user, password, query or fragment (credentials go into headers)")
-    if not parts.hostname or parts.port == 0 or not url.isprintable() or " " in url:
-        raise ValueError("otlp_endpoint must look like http://host:4318")
+        raise ValueError("otlp_endpoint: must hold no user, password, query or fragment (credentials go into headers)")
+    if not parts.hostname or port == 0 or not url.isprintable() or " " in url:
+        raise ValueError("otlp_endpoint: must look like http://host:4318")
 
 
 def _check_header(name: str, value: str) -> None:
@@ -179,7 +183,14 @@ _OUR_HEADERS = frozenset(
 
 
 def from_environment(settings: Settings, told: Mapping[str, Any], environ: Mapping[str, str]) -> Settings:
-    """The settings with OTEL_* variables in place of the keys that the file does not tell. Raises ValueError."""
+    """The settings with OTEL_* variables in place of the keys that the file does not tell. Raises ValueError.
+
+    Where telemetry is off nothing else is read: the variables are other programs' too, and off means that they stop nothing.
+    """
+    if environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        settings = replace(settings, enabled=False)
+    if not settings.enabled:
+        return settings
     for f in fields(Settings):
         variable = f.metadata.get("env", "")
         value = environ.get(variable, "")
@@ -188,9 +199,7 @@ def from_environment(settings: Settings, told: Mapping[str, Any], environ: Mappi
         try:
             settings = replace(settings, **{f.name: _from_text(f.name, value)})
         except ValueError as e:
-            raise ValueError(f"{variable}: {e}") from None
-    if environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
-        settings = replace(settings, enabled=False)
+            raise ValueError(f"{e} (from {variable})") from None
     return settings
 
 
@@ -203,7 +212,7 @@ def _from_text(name: str, value: str) -> Any:
     try:
         return float(value)
     except ValueError:
-        raise ValueError("must be a number") from None
+        raise ValueError(f"{name}: must be a number") from None
 
 
 # 3. Trace context -----------------------------------------------------------------------------------------------------

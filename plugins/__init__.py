@@ -19,6 +19,7 @@ are skipped. Settings are a dict; a part raises ValueError for what it cannot us
 from __future__ import annotations
 
 import ctypes
+import difflib
 import importlib
 import pkgutil
 import threading
@@ -84,21 +85,45 @@ def _id(file: str) -> str:
     return file.replace("_", "-")
 
 
+def _is_gone(maker: str, id: str) -> bool:
+    return maker == "plugin" and id in GONE
+
+
+class Missing(ValueError):
+    """A setting that a part cannot do without is not there; a part that is off may leave it for later."""
+
+
+def rehearse(maker: str, id: str, settings: Mapping[str, Any]) -> Part | None:
+    """A part that is off as it would be if it were on, because a typo is one even there. None where that cannot be known:
+    a foreign part is not loaded before it is used, and one of the original's may be gone. Raises ValueError like `make`."""
+    if _is_gone(maker, id) or isinstance(settings.get("module"), str):
+        return None
+    try:
+        return make(maker, id, settings)
+    except Missing:
+        return None
+
+
 def make(maker: str, id: str, settings: Mapping[str, Any]) -> Part:
     """The part with this id. Raises ValueError, in words for the configuration file, if it cannot be had."""
-    if id in GONE:
-        raise ValueError(f"{GONE[id]} does not exist here; set enabled = false")
+    if _is_gone(maker, id):
+        raise ValueError(f"enabled: {GONE[id]} does not exist here, it must be false")
     module_name = settings.get("module")
     if module_name is not None and not isinstance(module_name, str):
         raise ValueError("module: must be a string")
     if module_name is None and id not in known(maker):
-        raise ValueError(f"unknown {maker.replace('_', ' ')}, known are {', '.join(known(maker))}; a foreign one needs module")
+        raise ValueError(f"unknown {maker.replace('_', ' ')} (a foreign one needs module){_suggest(id, known(maker))}")
     own = {k: v for k, v in settings.items() if k not in _ROUTERS_OWN}
     limit = settings.get("timeout", SECONDS)
     if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 < limit <= 3600:
         raise ValueError("timeout: must be a number of seconds, more than 0 and at most 3600")
     hooks = _made(maker, module_name or f"{__name__}.{id.replace('-', '_')}", own, foreign=module_name is not None)
     return Part(id, own, hooks, module_name is not None, float(limit))
+
+
+def _suggest(id: str, ids: list[str]) -> str:
+    close = difflib.get_close_matches(id, ids, 1)
+    return f", did you mean {close[0]}?" if close else f", known are {', '.join(ids)}"
 
 
 _ROUTERS_OWN = frozenset(("enabled", "module", "timeout"))

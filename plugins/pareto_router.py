@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from plugins import Missing
 from providers import BadRequest, Request
 
 
@@ -19,18 +20,20 @@ class ParetoRouter:
         tiers = settings.get("tiers")
         if unknown := set(settings) - {"tiers", "default_tier", "tier"}:
             raise ValueError(f"{min(unknown)}: unknown key, known are tiers and default_tier")
+        if tiers is None:
+            raise Missing("tiers: required")
         if not isinstance(tiers, dict) or not tiers or not all(isinstance(t, list) and t for t in tiers.values()):
             raise ValueError("tiers: must map each tier to a list of providers")
-        self._tiers = {name: [_candidate(c, f"tiers.{name}") for c in tier] for name, tier in tiers.items()}
+        self._tiers = {name: [_candidate(c, f"tiers.{name}[{i}]") for i, c in enumerate(tier)] for name, tier in tiers.items()}
         default = settings.get("default_tier", "medium" if "medium" in tiers else next(iter(tiers)))
         self._tier = settings.get("tier", default)
         if not isinstance(default, str) or default not in tiers:
             raise ValueError(f"default_tier: there is no tier {default!r}")
 
     @property
-    def providers(self) -> list[str]:
-        """The providers that the tiers refer to, for the check at start."""
-        return [provider for tier in self._tiers.values() for provider, _ in tier]
+    def references(self) -> dict[str, str]:
+        """The providers that the tiers refer to, each under its place in the settings, for the check at start."""
+        return {f"tiers.{name}[{i}]": provider for name, tier in self._tiers.items() for i, (provider, _) in enumerate(tier)}
 
     def pre_request(self, request: Request) -> None:
         if not isinstance(self._tier, str) or self._tier not in self._tiers:
@@ -47,4 +50,4 @@ def _candidate(told: Any, place: str) -> tuple[str, str | None]:
         return told, None
     if isinstance(told, dict) and isinstance(told.get("provider"), str) and set(told) <= {"provider", "model"}:
         return told["provider"], told.get("model")
-    raise ValueError(f"{place}: takes provider names or tables with provider and model")
+    raise ValueError(f"{place}: must be a provider's name or a table with provider and model")

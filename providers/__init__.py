@@ -2,9 +2,11 @@
 
 A format is one file of pure functions in this folder and its name is its registration: `format = "ollama"` is
 `providers/ollama.py`. A file may have two faces. The client face hears a client and answers it: `parse_request`, `render`,
-`Renderer` (streams), `render_error`, `render_stream_error`. The upstream face speaks to a provider: `build`, `parse`,
-`Parser` (streams). Between the two lie the words of this module: `Request`, `Event`, `Answer`. So N client and M upstream
-formats cost N + M files, never N x M. What an upstream can do beyond "chat" it says in `OPERATIONS`.
+`Renderer` (streams), `render_error`, `render_stream_error`. (Where the error that ends a stream must know what was said before,
+that is `Renderer.fail`, and `Relay` for a stream that is passed on as it comes.) The upstream face speaks to a provider:
+`build`, `parse`, `Parser` (streams). Between the two lie the words of this module: `Request`, `Event`, `Answer`. So N client
+and M upstream formats cost N + M files, never N x M. What an upstream can do beyond "chat" it says in `OPERATIONS`; and if
+all its models can do the same, in `CAPABILITIES` what that is.
 
 Part 1 holds the words, part 2 reads JSON and SSE, part 3 is the exchange with an upstream: urllib3 keeps the connections
 (pool, connect, TLS), one request and its answer run over the pooled socket here, because only so does every wait have
@@ -26,6 +28,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 from types import ModuleType
 from typing import Any, Protocol
@@ -143,7 +146,8 @@ class Request:
     {"type": "json_object"} or {"type": "json_schema", "name", "schema", "strict"}. `reasoning` is the number of tokens the
     model may think (0: not at all). `operation` is "chat", "embeddings" (then `inputs` is set) or "count_tokens". `router`
     holds the router's own fields: plugins, trace, session_id, models. `forced` are the (provider, model or None) that a
-    plugin wants asked instead of whom the rules name. `dropped` names what the client said that has no words here.
+    plugin wants asked instead of whom the rules name. `dropped` names what the client said that has no words here; `bound`
+    (field -> why) what cannot be left out either, so that only a provider that gets the client's own bytes may be asked.
     """
 
     format: str
@@ -177,11 +181,17 @@ class Request:
     headers: dict[str, str] = field(default_factory=dict)
     forced: list[tuple[str, str | None]] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
+    bound: dict[str, str] = field(default_factory=dict)
     changed: bool = False
 
     def native(self, format: str) -> bool:
         """May the client's own bytes go on to a provider of this format? Not once a plugin has changed the request."""
         return self.format == format and not self.changed
+
+    @property
+    def text_field(self) -> str:
+        """The field in which a client of this language writes its messages, for the errors that name it."""
+        return "input" if self.format == "responses" else "messages"
 
     def said(self) -> str:
         """The text people wrote, system prompt included: no images, no tool calls and what they brought back."""
@@ -230,6 +240,13 @@ def read_field(data: Mapping[str, Any], name: str, types: Any, what: str, *, req
     return value
 
 
+def check_positive(data: Mapping[str, Any], *names: str) -> None:
+    """Raise BadRequest naming the first of these fields, read as whole numbers before, that is there and below 1."""
+    for name in names:
+        if data.get(name) is not None and data[name] < 1:
+            raise BadRequest(f"{name} must be at least 1", param=name)
+
+
 def read_strings(value: str | list[Any] | None, name: str) -> list[str]:
     """A string, or a list of them, as a list. Raises BadRequest naming the field."""
     values = [value] if isinstance(value, str) else value or []
@@ -244,6 +261,18 @@ def block_text(block: Block) -> str:
     if isinstance(content, list):
         return "\n".join(block_text(b) for b in content if isinstance(b, dict))
     return content if isinstance(content, str) else ""
+
+
+READS = {"image": "vision", "audio": "audio", "document": "documents"}
+"""Block that is not text -> what a model must be able to do to read it (`vision` is Ollama's word, its /api/show lists it)."""
+
+
+def shown(request: Request) -> dict[str, str]:
+    """What a model must be able to do to read all blocks, also those that tools brought back -> the type of the block."""
+    blocks = [b for m in request.messages for b in m.content]
+    results = [b["content"] for b in blocks if b["type"] == "tool_result" and isinstance(b.get("content"), list)]
+    types = {b["type"] for content in (blocks, *results) for b in content}
+    return {need: kind for kind, need in READS.items() if kind in types}
 
 
 @dataclass(slots=True)
@@ -613,12 +642,18 @@ VENDORS = {
 
 def check_base_url(url: str) -> None:
     """Raise ValueError unless the URL is one a provider can be reached at."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:  # its text tells neither the key nor what to write
+        raise ValueError("base_url: a port is a number up to 65535, an IPv6 address stands in brackets") from None
+    if not re.fullmatch(r"[!-~]+", url):
+        raise ValueError("base_url: must hold no space, control or non-ASCII character")
+    if parts.scheme not in ("http", "https") or not parts.hostname or "%" in parts.hostname:
         raise ValueError("base_url: must look like https://host/v1")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise ValueError("base_url: must hold no user, password, query or fragment (keys go into api_key_env)")
-    if parts.port == 0:
+    if port == 0:
         raise ValueError("base_url: port 0 cannot be connected to")
 
 
@@ -960,18 +995,36 @@ def seconds_until(value: str | None) -> float:
     """How long a valid Retry-After asks to wait, from now; 0 for none or a date that is past."""
     if value is None:
         return 0.0
-    return float(value) if value.isdecimal() else max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    return float(value) if value.isdecimal() else max(0.0, _date(value) - time.time())
 
 
 def retry_after(value: str | None) -> str | None:
-    """A Retry-After as it came if it is valid (RFC 9110, 10.2.3: seconds or a date), else None."""
+    """A Retry-After as it came if it is valid (RFC 9110, 10.2.3: seconds or an HTTP-date), else None."""
     if value is None or re.fullmatch(r"\d{1,9}", value):
         return value
     try:
-        parsedate_to_datetime(value)
+        _date(value)
     except ValueError:
         return None
     return value
+
+
+_DAY = "Mon|Tue|Wed|Thu|Fri|Sat|Sun"
+_MONTH = "Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec"
+_TIME = r"\d\d:\d\d:\d\d"
+_HTTP_DATE = re.compile(
+    rf"(?:{_DAY}), \d\d (?:{_MONTH}) \d{{4}} {_TIME} GMT"
+    rf"|(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day, \d\d-(?:{_MONTH})-\d\d {_TIME} GMT"
+    rf"|(?:{_DAY}) (?:{_MONTH}) [ \d]\d {_TIME} \d{{4}}"
+)
+"""IMF-fixdate and the two obsolete forms that a recipient must take (RFC 9110, 5.6.7). All of them are in UTC."""
+
+
+def _date(value: str) -> float:
+    """An HTTP-date as Unix seconds. Raises ValueError for what e-mail would take for a date and HTTP does not."""
+    if not _HTTP_DATE.fullmatch(value):
+        raise ValueError("no HTTP-date")
+    return parsedate_to_datetime(value).replace(tzinfo=UTC).timestamp()
 
 
 def lost(what: str, *, refused: bool = False) -> UpstreamError:
@@ -1292,6 +1345,13 @@ def _readable(sockets: list[Any]) -> list[Any]:
     for fd in by_fd:
         poller.register(fd, select.POLLIN | select.POLLHUP | select.POLLERR)
     return [by_fd[fd] for fd, _ in poller.poll(0)] if by_fd else []
+
+
+def forwarded(request: Request, provider: Provider) -> dict[str, Any]:
+    """The router's own fields that go on to a provider which is a router itself (`forward_metadata`): trace and session_id,
+    whatever language it speaks and wherever the client wrote them."""
+    told = {name: request.router.get(name) for name in ("trace", "session_id")} if provider.forward_metadata else {}
+    return {name: value for name, value in told.items() if value}
 
 
 class Upstream:

@@ -44,6 +44,7 @@ from providers import (
     dig,
     dumps,
     event_data,
+    forwarded,
     is_header_text,
     malformed,
     read_field,
@@ -582,17 +583,16 @@ def build(request: Request, model: str, provider: Provider) -> Call:
     counting = request.operation == "count_tokens"
     path = "/messages/count_tokens" if counting else "/messages"
     kind = "anthropic_count_tokens" if counting else "anthropic_stream" if request.stream else "anthropic_messages"
-    headers = _headers(request, provider)
+    headers, onward = _headers(request, provider), forwarded(request, provider)
     if request.native("anthropic"):
         cleaned = _signed_only(request.body.data)
-        kept = {"trace", "session_id"} if provider.forward_metadata else set()
-        text = request.body.with_fields({"model": model, **cleaned}, ROUTER_FIELDS - kept)
+        text = request.body.with_fields({"model": model, **cleaned, **onward}, ROUTER_FIELDS - onward.keys())
         return Call(path, text, kind, headers, ["thinking"] if cleaned else [])
     dropped: list[str] = []
     body = _rebuild(request, model, dropped)
     if counting:
         body = {k: v for k, v in body.items() if k in _COUNTED}
-    return Call(path, dumps(body).encode(), kind, headers, list(dict.fromkeys(dropped)))
+    return Call(path, dumps(body | onward).encode(), kind, headers, list(dict.fromkeys(dropped)))
 
 
 _COUNTED = frozenset((
@@ -666,7 +666,7 @@ def _own(request: Request) -> dict[str, Any]:
 def _add_system(request: Request, body: dict[str, Any], blocks: list[Block]) -> None:
     """The system prompt, as a string where it is one. Where it is all there is, it is what the user says."""
     if not body["messages"] and not blocks:
-        raise BadRequest(f"{_field(request)} must say something", param=_field(request))
+        raise BadRequest(f"{request.text_field} must say something", param=request.text_field)
     if not body["messages"]:
         body["messages"] = [{"role": "user", "content": blocks}]
     elif blocks:
@@ -814,11 +814,6 @@ def _messages(request: Request, dropped: list[str]) -> list[dict[str, Any]]:
     return turns
 
 
-def _field(request: Request) -> str:
-    """Where a client of this language writes its messages."""
-    return "input" if request.format == "responses" else "messages"
-
-
 def _write(block: Block, request: Request, dropped: list[str]) -> list[Block]:
     """A block in Anthropic's words, or nothing where it can be left out. Raises BadRequest where it cannot."""
     kind = block["type"]
@@ -827,7 +822,7 @@ def _write(block: Block, request: Request, dropped: list[str]) -> list[Block]:
         return [{**written, **_kept(block, "cache_control")}] if written else []
     if request.format == "anthropic":
         return [block]
-    raise BadRequest(f"an anthropic provider takes no {kind} in {_field(request)}", param=_field(request))
+    raise BadRequest(f"an anthropic provider takes no {kind} in {request.text_field}", param=request.text_field)
 
 
 def _write_text(block: Block, request: Request, dropped: list[str]) -> Block | None:
@@ -853,7 +848,7 @@ def _remote_source(block: Block, request: Request) -> Block:
         return {"type": "url", "url": block["url"]}
     if "file_id" in block and request.format == "anthropic":
         return {"type": "file", "file_id": block["file_id"]}
-    raise BadRequest(f"an anthropic provider cannot read this {block['type']} in {_field(request)}", param=_field(request))
+    raise BadRequest(f"an anthropic provider cannot read this {block['type']} in {request.text_field}", param=request.text_field)
 
 
 def _write_document(block: Block, request: Request, dropped: list[str]) -> Block:
@@ -875,7 +870,7 @@ def _decoded(data: str, request: Request) -> str:
     try:
         return base64.b64decode(data).decode("utf-8", "replace")
     except ValueError:
-        raise BadRequest(f"a document in {_field(request)} is not base64", param=_field(request)) from None
+        raise BadRequest(f"a document in {request.text_field} is not base64", param=request.text_field) from None
 
 
 def _write_tool_use(block: Block, request: Request, dropped: list[str]) -> Block:

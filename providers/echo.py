@@ -21,6 +21,7 @@ from typing import Any
 
 from providers import (
     SLICE,
+    BadRequest,
     Begin,
     BlockParser,
     Call,
@@ -42,9 +43,11 @@ from providers import (
     late,
     lost,
     read_object,
+    shown,
 )  # fmt: skip
 
 MODELS = ("echo",)
+CAPABILITIES = frozenset(("completion", "tools"))
 
 
 def endpoint(base_url: str) -> str:
@@ -58,7 +61,12 @@ def credentials(key: str) -> dict[str, str]:
 
 
 def build(request: Request, model: str, provider: Provider) -> Call:
-    """What the embedded model needs to know of a request. What it has no use for (sampling, images) is dropped and noted."""
+    """What the embedded model needs to know of a request. What it has no use for (sampling) is dropped and noted.
+
+    Raises BadRequest for what it cannot read.
+    """
+    for kind in shown(request).values():
+        raise BadRequest(f"the echo model reads text only, no {kind} in {request.text_field}", param=request.text_field)
     said = [block_text(b) for m in request.messages if m.role == "user" for b in m.content[-1:]]
     order = {
         "say": said[-1] if said else "",
@@ -72,9 +80,6 @@ def build(request: Request, model: str, provider: Provider) -> Call:
     unused = ("temperature", "top_p", "top_k", "seed", "presence_penalty", "frequency_penalty", "reasoning")
     dropped = [name for name in unused if getattr(request, name) is not None]
     dropped += ["n"] if request.n > 1 else []
-    dropped += (
-        ["messages"] if any(b["type"] in ("image", "audio", "document") for m in request.messages for b in m.content) else []
-    )
     return Call("/", dumps(order).encode(), "echo_stream" if request.stream else "echo_chat", dropped=dropped)
 
 
@@ -187,32 +192,34 @@ def _answer(order: dict[str, Any], orders: dict[str, float]) -> Iterator[dict[st
     if "status" in orders and orders["status"] != 200:
         yield {"error": {"message": "told to fail"}}
         return
-    used = 0
+    used, stop = 0, None
     yield {"input_tokens": order["input_tokens"]}
     if order["tool"]:
         yield {"tool": order["tool"]}
         used, reason = 1 + len(dumps(order["tool"]["arguments"])) // 4, "tool_calls"
     else:
-        words, reason = _words(order, orders)
+        words, reason, stop = _words(order, orders)
         for used, word in enumerate(words, 1):
             if used > orders.get("cut", 1e9):
                 yield {"cut": True}
             if used > orders.get("stall", 1e9):
                 yield {"stall": True}
             yield {"text": word}
-    yield {"done": reason, "input_tokens": order["input_tokens"], "output_tokens": used}
+    yield {"done": reason, "stop_sequence": stop, "input_tokens": order["input_tokens"], "output_tokens": used}
 
 
-def _words(order: dict[str, Any], orders: dict[str, float]) -> tuple[list[str], str]:
-    """The words to say, each with the space before it, and why there are no more of them."""
+def _words(order: dict[str, Any], orders: dict[str, float]) -> tuple[list[str], str, str | None]:
+    """The words to say, each with the space before it, why there are no more of them, and the stop sequence if it was one."""
     said = re.sub(r"\s*\[\[echo [^\]]*\]\]\s*", " ", order["say"]).strip()
     if "words" in orders:
         said = " ".join(f"word{i}" for i in range(1, int(orders["words"]) + 1))
     said = json.dumps({"echo": said}) if order["json"] else said or "Nothing was said, so there is nothing to echo."
-    cuts = [at for stop in order["stop"] if stop and (at := said.find(stop)) >= 0]
+    cuts = {at: stop for stop in reversed(order["stop"]) if stop and (at := said.find(stop)) >= 0}
     words = re.findall(r"\s*\S+", said[: min(cuts)] if cuts else said)
     limit = order["max_tokens"]
-    return (words[:limit], "length") if limit is not None and limit < len(words) else (words, "stop")
+    if limit is not None and limit < len(words):
+        return words[:limit], "length", None
+    return words, "stop", cuts[min(cuts)] if cuts else None
 
 
 # The language -------------------------------------------------------------------------------------------------------------
@@ -242,5 +249,5 @@ class Parser(BlockParser):
             events.append(ToolCall(0, "call_echo_0", line["tool"]["name"], dumps(line["tool"]["arguments"])))
         if "done" in line:
             usage = Usage(input_tokens=line["input_tokens"], output_tokens=line["output_tokens"])
-            events += [Finish(line["done"], line["done"]), Used(usage), Done()]
+            events += [Finish(line["done"], line["done"], line["stop_sequence"]), Used(usage), Done()]
         return events

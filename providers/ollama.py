@@ -39,6 +39,7 @@ from providers import (
     count,
     dig,
     dumps,
+    forwarded,
     malformed,
     read_object,
 )  # fmt: skip
@@ -81,7 +82,7 @@ def parse_capabilities(body: dict[str, Any]) -> set[str]:
 def build(request: Request, model: str, provider: Provider) -> Call:
     """The request in Ollama's words. Raises BadRequest for what would change its meaning: n, an image's URL, a document."""
     if request.operation == "embeddings":
-        return _build_embed(request, model)
+        return _build_embed(request, model, provider)
     if request.n > 1:
         raise BadRequest("an ollama provider gives one answer, n must be 1", param="n")
     body: dict[str, Any] = {"model": model, "messages": _messages(request), "stream": request.stream}
@@ -94,7 +95,8 @@ def build(request: Request, model: str, provider: Provider) -> Call:
     if options := _options(request):
         body["options"] = options
     kind = "ollama_stream" if request.stream else "ollama_chat"
-    return Call("/api/chat", dumps(body | _keep_alive(request)).encode(), kind, dropped=_dropped(request))
+    body |= _keep_alive(request) | forwarded(request, provider)
+    return Call("/api/chat", dumps(body).encode(), kind, dropped=_dropped(request))
 
 
 _OPTIONS = {
@@ -102,8 +104,6 @@ _OPTIONS = {
     "presence_penalty": "presence_penalty", "frequency_penalty": "frequency_penalty",
 }  # fmt: skip
 _UNSAID = ("parallel_tool_calls", "user", "metadata", "service_tier")
-_TEXT_FIELD = {"responses": "input"}
-"""Where a client of this language writes its messages; elsewhere it is `messages`."""
 
 
 def _options(request: Request) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def _build_tool(tool: Tool) -> dict[str, Any]:
 
 
 def _messages(request: Request) -> list[dict[str, Any]]:
-    field = _TEXT_FIELD.get(request.format, "messages")
+    field = request.text_field
     built = [{"role": "system", "content": _text(request.system)}] if request.system else []
     names: dict[str, str] = {}
     for message in request.messages:
@@ -201,11 +201,11 @@ def _images(blocks: list[Block], field: str) -> dict[str, Any]:
     return {"images": images} if images else {}
 
 
-def _build_embed(request: Request, model: str) -> Call:
+def _build_embed(request: Request, model: str, provider: Provider) -> Call:
     if not all(isinstance(i, str) for i in request.inputs):
         raise BadRequest("an ollama provider takes input as text, not as tokens", param="input")
     extra = {"dimensions": request.extra["dimensions"]} if "dimensions" in request.extra else {}
-    body = {"model": model, "input": request.inputs, **extra, **_keep_alive(request)}
+    body = {"model": model, "input": request.inputs, **extra, **_keep_alive(request), **forwarded(request, provider)}
     dropped = [name for name in _dropped(request) if name not in ("dimensions", "encoding_format")]
     return Call("/api/embed", dumps(body).encode(), "ollama_embed", dropped=dropped)
 

@@ -47,9 +47,11 @@ from providers import (
     Vectors,
     amount,
     block_text,
+    check_positive,
     dig,
     dumps,
     event_data,
+    forwarded,
     malformed,
     read_field,
     read_object,
@@ -74,6 +76,7 @@ def parse_request(body: Body, headers: Mapping[str, str]) -> Request:
         if value is not None:
             setattr(request, attribute, value)
     request.include_usage = bool(dig(read_field(data, "stream_options", dict, "an object"), "include_usage"))
+    check_positive(data, "max_tokens", "max_completion_tokens")
     request.stop = read_strings(request.stop, "stop")
     if not 1 <= request.n <= 128:
         raise BadRequest("n must lie between 1 and 128", param="n")
@@ -633,16 +636,16 @@ def build(request: Request, model: str, provider: Provider) -> Call:
     vectors = request.operation == "embeddings"
     path = "/embeddings" if vectors else "/chat/completions"
     kind = "openai_embeddings" if vectors else "openai_stream" if request.stream else "openai_chat"
+    onward = forwarded(request, provider)
     if request.native("openai"):
         changes: dict[str, Any] = {"model": model}
         if request.stream:
             options = request.body.data.get("stream_options")
             changes["stream_options"] = {**(options if isinstance(options, dict) else {}), "include_usage": True}
-        kept = {"trace", "session_id"} if provider.forward_metadata else set()
-        return Call(path, request.body.with_fields(changes, ROUTER_FIELDS - kept), kind)
+        return Call(path, request.body.with_fields(changes | onward, ROUTER_FIELDS - onward.keys()), kind)
     dropped: list[str] = []
     body = _rebuild_vectors(request, model) if vectors else _rebuild(request, model, provider, dropped)
-    return Call(path, dumps(body).encode(), kind, dropped=list(dict.fromkeys(dropped)))
+    return Call(path, dumps(body | onward).encode(), kind, dropped=list(dict.fromkeys(dropped)))
 
 
 def _rebuild_vectors(request: Request, model: str) -> dict[str, Any]:
@@ -746,8 +749,7 @@ def _build_parts(block: Block, request: Request) -> list[dict[str, Any]]:
     build = _BUILD_PARTS.get(block["type"])
     parts = build(block, request) if build else None
     if parts is None:
-        field = "input" if request.format == "responses" else "messages"
-        raise BadRequest(f"an openai provider cannot read this {block['type']} in {field}", param=field)
+        raise BadRequest(f"an openai provider cannot read this {block['type']} in {request.text_field}", param=request.text_field)
     return parts
 
 

@@ -2,8 +2,8 @@
 
 A request is a list of items (messages, calls, results, thoughts) where the other dialects have turns, so items that belong
 to one turn are joined. An answer is a list of items as well, and a stream tells how each of them grows: a whole answer is
-what such a stream ends in, so both come from one place, `Renderer`. Nothing is kept here between two requests: whatever
-refers to an earlier response is refused.
+what such a stream ends in, so both come from one place, `Renderer`. Nothing is kept here between two requests: what refers
+to an earlier response can be said to nobody but a vendor that keeps them.
 
 The other face has no address of its own: to an openai provider with `responses = true` the client's bytes go on as they
 are, and `parse` and `Parser` only listen.
@@ -11,7 +11,6 @@ are, and `parse` and `Parser` only listen.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -41,9 +40,11 @@ from providers import (
     Usage,
     Used,
     amount,
+    check_positive,
     dig,
     dumps,
     event_data,
+    forwarded,
     malformed,
     openai,
     read_field,
@@ -61,16 +62,15 @@ EFFORTS = {**openai.EFFORTS, "max": max(openai.EFFORTS.values())}
 def parse_request(body: Body, headers: Mapping[str, str]) -> Request:
     """A request in the router's words. Raises BadRequest naming the field that cannot be."""
     data = body.data
-    for name, why in _CANNOT.items():
-        if data.get(name):
-            raise BadRequest(why, param=name)
     request = Request("responses", body, read_field(data, "model", str, "a string", required=True), include_usage=True)
     if not request.model:
         raise BadRequest("model must not be empty", param="model")
     request.router = router_fields(data, headers)
+    request.bound = {name: why for name, why in _BOUND.items() if data.get(name)}
     for name, (attribute, types, what) in _PLAIN.items():
         if (value := read_field(data, name, types, what)) is not None:
             setattr(request, attribute, value)
+    check_positive(data, "max_output_tokens")
     request.system = [_text_block(text)] if (text := read_field(data, "instructions", str, "a string")) else []
     request.tools = [_tool(t, f"tools[{i}]") for i, t in enumerate(read_field(data, "tools", list, "a list") or [])]
     request.extra = _left_over(data)
@@ -83,7 +83,7 @@ def parse_request(body: Body, headers: Mapping[str, str]) -> Request:
 
 
 _STATELESS = "responses are not kept here, so nothing can refer to an earlier one: send the whole input instead of "
-_CANNOT = {
+_BOUND = {
     "previous_response_id": _STATELESS + "previous_response_id",
     "conversation": _STATELESS + "conversation",
     "prompt": "prompt templates are kept by their vendor: send instructions and input instead of prompt",
@@ -123,13 +123,16 @@ def _text_block(text: str) -> Block:
 
 
 def _read_input(data: Mapping[str, Any], request: Request) -> None:
-    told = read_field(data, "input", (str, list), "a string or a list of items", required=True)
-    items = [{"role": "user", "content": told}] if isinstance(told, str) else told
-    if not items:
+    told = read_field(data, "input", (str, list), "a string or a list of items", required=not request.bound)
+    items = [{"role": "user", "content": told}] if isinstance(told, str) else told or []
+    if not items and not request.bound:
         raise BadRequest("input must not be empty", param="input")
     for i, item in enumerate(items):
         place = f"input[{i}]"
         kind = _kind(item, place)
+        if kind == "item_reference":
+            request.bound[place] = _STATELESS + f"the reference in {place}"
+            continue
         role, blocks = _ITEMS[kind](item, place) if kind in _ITEMS else ("", [])
         if blocks:
             _join(request, role, blocks)
@@ -144,8 +147,6 @@ def _kind(item: Any, place: str) -> str:
     kind = item.get("type") or ("message" if "role" in item else "item_reference")
     if not isinstance(kind, str):
         raise BadRequest(f"{place}.type must be a string", param=f"{place}.type")
-    if kind == "item_reference":
-        raise BadRequest(_STATELESS + f"the reference in {place}", param=place)
     return kind
 
 
@@ -531,7 +532,7 @@ class Renderer:
         return events
 
     def _head(self) -> bytes:
-        return b"" if self._number else self._tell([self._lifecycle("created"), self._lifecycle("in_progress")])
+        return b"" if self._number else self._tell([self._lifecycle(what) for what in _BEGINNING])
 
     def _lifecycle(self, what: str) -> Item:
         return {"type": f"response.{what}", "response": self._response}
@@ -596,21 +597,71 @@ class Renderer:
     }  # fmt: skip
 
 
-def hides(events: list[Event], request: Request) -> bool:
-    """Nothing is asked for behind the client's back, so nothing is hidden."""
-    return False
+class Relay:
+    """A stream that is passed on as it came. What it says is only looked at, so that one that breaks can end as it was
+    going on: by its own numbers, with its own response and what there is of its items."""
+
+    def __init__(self, request: Request, stamp: Stamp) -> None:
+        self._begun = False
+        self._number = 0
+        self._response = _envelope(request.body.data, stamp)
+        self._items: dict[int, Item] = {}
+        self._growing: dict[int, dict[int, str]] = {}
+
+    def feed(self, blocks: list[tuple[bytes, list[Event]]]) -> bytes:
+        """The blocks as they came."""
+        for block, _ in blocks:
+            _, data = event_data(block.removeprefix(b"\xef\xbb\xbf"))
+            self._look(read_object(data or b"") or {})
+        return b"".join(block for block, _ in blocks)
+
+    def fail(self, error: RequestError) -> bytes:
+        """The end of an answer that broke: the error, and the response with what there is of it."""
+        begin = [] if self._begun else [{"type": f"response.{what}", "response": self._response} for what in _BEGINNING]
+        output = [self._broken(index, item) for index, item in sorted(self._items.items())]
+        failed = {**self._response, "output": output, "status": "failed", "error": _response_error(error)}
+        told = [*begin, _error_event(error), {"type": "response.failed", "response": failed}]
+        return b"".join(sse(dumps({**e, "sequence_number": n}), e["type"]) for n, e in enumerate(told, self._number))
+
+    def _look(self, said: Item) -> None:
+        if "type" not in said:
+            return
+        number, index = said.get("sequence_number"), said.get("output_index")
+        self._number = (number if type(number) is int else self._number) + 1
+        if isinstance(said.get("response"), dict):
+            self._begun, self._response = True, said["response"]
+        if type(index) is not int:
+            return
+        if isinstance(said.get("item"), dict):
+            self._items[index] = said["item"]
+            self._growing[index] = {}
+        if said["type"] == "response.output_item.done":
+            self._growing.pop(index, None)
+        if index in self._growing and isinstance(said.get("delta"), str):
+            parts, part = self._growing[index], said.get("summary_index") or said.get("content_index") or 0
+            parts[part] = parts.get(part, "") + said["delta"]
+
+    def _broken(self, index: int, item: Item) -> Item:
+        """An item as it stays: with what it had grown to, unless it has ended before."""
+        if index not in self._growing:
+            return item
+        fill, parts = _FILLED.get(str(item.get("type"))), list(self._growing[index].values())
+        return {**item, **(fill(parts) if fill and parts else {}), "status": "incomplete"}
+
+
+_BEGINNING = ("created", "in_progress")
+_FILLED: dict[str, Callable[[list[str]], Item]] = {
+    "message": lambda parts: {"content": [_output_text(p) for p in parts]},
+    "reasoning": lambda parts: {"summary": [_summary(p) for p in parts]},
+    "function_call": lambda parts: {"arguments": "".join(parts)},
+    "custom_tool_call": lambda parts: {"input": "".join(parts)},
+}
+"""Type of an item -> the field that its deltas are the text of."""
 
 
 def render_error(error: RequestError) -> dict[str, Any]:
     """The error object, the same as everywhere at OpenAI."""
     return openai.render_error(error)
-
-
-def render_stream_error(error: RequestError) -> bytes:
-    """The last events of a stream that was passed on as it came (a rendered one ends with `Renderer.fail`)."""
-    failed = _envelope({}, Stamp("failed", int(time.time()), "")) | {"status": "failed", "error": _response_error(error)}
-    events = [_error_event(error), {"type": "response.failed", "response": failed}]
-    return b"".join(sse(dumps({**e, "sequence_number": n}), e["type"]) for n, e in enumerate(events))
 
 
 _FAILURES = {"rate_limit": "rate_limit_exceeded", "invalid_request": "invalid_prompt"}
@@ -631,9 +682,10 @@ def _error_event(error: RequestError) -> Item:
 # The words of upstreams that speak it -----------------------------------------------------------------------------------
 def build(request: Request, model: str, provider: Provider) -> Call:
     """The client's own bytes with another model, for an openai provider that has /responses."""
-    kept = {"trace", "session_id"} if provider.forward_metadata else set()
+    onward = forwarded(request, provider)
     kind = "responses_stream" if request.stream else "responses"
-    return Call("/responses", request.body.with_fields({"model": model}, ROUTER_FIELDS - kept), kind)
+    body = request.body.with_fields({"model": model, **onward}, ROUTER_FIELDS - onward.keys())
+    return Call("/responses", body, kind)
 
 
 def parse(data: bytes, request: Request) -> list[Event]:
@@ -643,7 +695,8 @@ def parse(data: bytes, request: Request) -> list[Event]:
         raise malformed("an answer that is not JSON")
     if body.get("error") or body.get("status") in ("failed", "cancelled"):
         raise _failure(body)
-    if not isinstance(body.get("output"), list) or body.get("status") not in (None, "completed", "incomplete"):
+    finished = body.get("status") in (None, "completed", "incomplete") or request.body.data.get("background")
+    if not isinstance(body.get("output"), list) or not finished:
         raise malformed("an answer that is not a finished response")
     return [Begin(_word(body.get("id")), _word(body.get("model"))), *_output_events(body["output"]), *_end_events(body)]
 

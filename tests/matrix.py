@@ -29,7 +29,7 @@ TOOLS = {"get_weather": "The weather in a city", "get_time": "The time in a city
 USED = (11, 7)
 CANNOT = {
     ("echo", "parallel tools"): "echo calls one tool and never two",
-    ("echo", "image"): "echo reads text only and answers without having looked at an image",
+    ("echo", "image"): "echo reads text only; an image in what it is asked is a 400 that names the field",
     ("echo", "thinking"): "echo says what it was told and does not think",
 }
 """(upstream, feature) -> why there is no such cell, in one sentence."""

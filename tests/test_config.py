@@ -140,6 +140,77 @@ REFUSED = {
 }
 
 
+ECHO = '[[providers]]\nname = "a"\nformat = "echo"\n'
+OPENAI = '[[providers]]\nname = "a"\nformat = "openai"\nbase_url = "{}"\n'
+
+# A file with one mistake -> the key it is about.
+MISTAKES = {
+    **dict.fromkeys((f"{ECHO}[server]\nthreads = {n}" for n in (1, 5000)), "server.threads"),
+    **dict.fromkeys((f"{ECHO}[server]\nport = {n}" for n in (-1, 65536)), "server.port"),
+    f'{ECHO}[server]\nurl_prefix = "llm/"': "server.url_prefix",
+    f"{ECHO}[server]\nthreads = 8\nmax_in_flight = 9": "server.max_in_flight",
+    f"{ECHO}[server]\nthreads = 8\nmax_watchers = 8": "server.max_watchers",
+    f"{ECHO}[server]\nmax_body_bytes = 1": "server.max_body_bytes",
+    f"{ECHO}[server]\ndrain_seconds = -1": "server.drain_seconds",
+    f"{ECHO}[server]\nsend_timeout = 0": "server.send_timeout",
+    f'{ECHO}[server]\ntrace_url = "http://x"': "server.trace_url",
+    f"{ECHO}[retry]\nattempts = 0": "retry.attempts",
+    f"{ECHO}[retry]\non_status = [503, 200]": "retry.on_status[1]",
+    f"{ECHO}[breaker]\nfailures = 0": "breaker.failures",
+    f"{ECHO}[breaker]\ncooldown_seconds = 0": "breaker.cooldown_seconds",
+    f"{ECHO}[telemetry]\nsample_ratio = 2": "telemetry.sample_ratio",
+    f"{ECHO}[telemetry]\nshutdown_seconds = -1": "telemetry.shutdown_seconds",
+    **dict.fromkeys(
+        (f'{ECHO}[telemetry]\notlp_endpoint = "{url}"' for url in (
+            "localhost:4318", "http://x:99999", "http://x:port", "http://[::1", "http://me:pw@x", "http://x?a=b", "http://x y",
+        )), "telemetry.otlp_endpoint",
+    ),
+    f'{ECHO}[telemetry]\nheaders = {{ Host = "x" }}': "telemetry.headers.Host",
+    f'{ECHO}[telemetry]\nheaders = {{ "a b" = "x" }}': "telemetry.headers.a b",
+    **dict.fromkeys(
+        map(OPENAI.format, (
+            "http://x:99999/v1", "http://x:port/v1", "http://x:0/v1", "http://[::1/v1", "http://[fe80::1%25eth0]/v1",
+            "http://x y/v1", "http://bücher.example/v1", "http://x/\\u0007", "x:80", "ftp://x", "http://me:pw@x", "http://x?a=b",
+            "",
+        )), "providers[0].base_url",
+    ),
+    f"{ECHO}read_timeout = 0": "providers[0].read_timeout",
+    f"{ECHO}cost_per_1m_tokens = -1.0": "providers[0].cost_per_1m_tokens",
+    f'{ECHO}headers = {{ "a b" = "x" }}': "providers[0].headers.a b",
+    f"{ECHO}[providers.models.gpt-4]\ncost_per_1m_tokens = -1.0": "providers[0].models.gpt-4.cost_per_1m_tokens",
+    '[[providers]]\nname = "a"\nformat = "eco"': "providers[0].format",
+    f'{ECHO}[[routers]]\ntype = "fallback"\nquality_bias = 2.0': "routers[0].quality_bias",
+    f'{ECHO}[[routers]]\ntype = "fallback"\nproviders = ["a", "b"]': "routers[0].providers[1]",
+    f'{ECHO}[[routers]]\ntype = "tag"\ntag = "t"\nprovider = "b"': "routers[0].provider",
+    f'{ECHO}[[routers]]\ntype = "random"\ncandidates = [{{ provider = "a" }}, {{ provider = "b" }}]':
+        "routers[0].candidates[1].provider",
+    f'{ECHO}[[routers]]\ntype = "random"\ncandidates = [{{ model = "m" }}]': "routers[0].candidates[0].provider",
+    f'{ECHO}[[routers]]\ntype = "random"\ncandidates = [{{ provider = "a", modle = "m" }}]': "routers[0].candidates[0].modle",
+    f"{ECHO}[plugins.web]\nenabled = true": "plugins.web.enabled",
+    f'{ECHO}[plugins.pareto-router]\nenabled = true\ntiers = {{ fast = ["a", "b"] }}': "plugins.pareto-router.tiers.fast[1]",
+    f"{ECHO}[plugins.pareto-router]\nenabled = true\ntiers = {{ fast = [1] }}": "plugins.pareto-router.tiers.fast[0]",
+    f"{ECHO}[classifiers.structure]\nenabled = true\nlong_chars = 0": "classifiers.structure.long_chars",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", MISTAKES)
+def test_a_mistake_is_told_with_the_key_it_is_about(tmp_path: Path, text: str) -> None:
+    from router import ConfigError, load, prepare
+
+    (tmp_path / "my.toml").write_text(text, "utf-8")
+    with pytest.raises(ConfigError) as told:
+        prepare(load(tmp_path / "my.toml", {}), {}, "my.toml")
+    assert str(told.value).startswith(f"my.toml.{MISTAKES[text]}: "), told.value
+
+
+def test_a_mistake_in_a_variable_is_told_with_its_key_and_its_name(tmp_path: Path) -> None:
+    from router import ConfigError, load
+
+    (tmp_path / "my.toml").write_text(f"{ECHO}[telemetry]\nenabled = true\n", "utf-8")
+    with pytest.raises(ConfigError, match=r"^my\.toml\.telemetry\.sample_ratio: .*OTEL_TRACES_SAMPLER_ARG"):
+        load(tmp_path / "my.toml", {"OTEL_TRACES_SAMPLER_ARG": "half"})
+
+
 def refused(process: RouterProcess) -> str:
     """Starts it; what it said when it refused, once everything else about a refusal has been checked."""
     began = time.monotonic()

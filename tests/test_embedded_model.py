@@ -7,10 +7,12 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import anthropic
 import openai
 import pytest
 from conftest import RouterFactory
-from router_process import RouterProcess, chat_body
+from fake_upstream import FakeUpstream, json_answer
+from router_process import PROVIDER, RouterProcess, chat_body, until
 
 ECHO = '[[providers]]\nname = "echo"\nformat = "echo"\nidle_timeout = 0.8\nread_timeout = 2\n'
 
@@ -95,6 +97,30 @@ def test_it_stops_where_it_is_told(client: openai.OpenAI) -> None:
     assert answer.choices[0].finish_reason == "stop"
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    ("told", "ended"),
+    [
+        ({"stop_sequences": ["four", "three"]}, ("stop_sequence", "three", "one two")),
+        ({"stop_sequences": ["three", "three four"]}, ("stop_sequence", "three", "one two")),
+        ({"stop_sequences": ["three"], "max_tokens": 1}, ("max_tokens", None, "one")),
+        ({"stop_sequences": ["five"]}, ("end_turn", None, "one two three four")),
+        ({}, ("end_turn", None, "one two three four")),
+    ],
+)
+def test_an_anthropic_client_is_told_which_sequence_stopped_it(
+    process: RouterProcess, told: dict[str, Any], ended: tuple[str, str | None, str], streamed: bool
+) -> None:
+    with anthropic.Anthropic(base_url=process.url, api_key="unused", max_retries=0, timeout=10) as client:
+        asked: Any = {"model": "echo", "max_tokens": 9, "messages": [{"role": "user", "content": "one two three four"}], **told}
+        if streamed:
+            with client.messages.stream(**asked) as events:
+                message: Any = events.get_final_message()
+        else:
+            message = client.messages.create(**asked)
+    assert (message.stop_reason, message.stop_sequence, message.content[0].text) == ended
+
+
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOLS = [
     {"type": "function", "function": {"name": "weather", "parameters": CITY}},
@@ -132,6 +158,86 @@ def test_it_calls_a_tool_when_it_must(process: RouterProcess, choice: Any, name:
 def test_it_speaks_json_when_asked(client: openai.OpenAI) -> None:
     answer = ask(client, "hello", response_format={"type": "json_object"})
     assert isinstance(json.loads(answer.choices[0].message.content), dict)
+
+
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4nGNgYGBgAAAABQABpfZFQAAAAABJRU5ErkJggg=="
+OPENAI_IMAGE = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG}"}}
+ANTHROPIC_IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PNG}}
+RESULT = {"type": "tool_result", "tool_use_id": "t1", "content": [ANTHROPIC_IMAGE]}
+CALL = {"type": "tool_use", "id": "t1", "name": "look", "input": {}}
+# Something that is not text, as each client sends it -> the field it stands in.
+UNREAD: dict[str, tuple[str, dict[str, Any], str]] = {
+    "openai image": ("/v1/chat/completions", {"messages": [{"role": "user", "content": [OPENAI_IMAGE]}]}, "messages"),
+    "openai sound": (
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "aGk=", "format": "wav"}}]}]},
+        "messages",
+    ),
+    "anthropic image": (
+        "/v1/messages",
+        {"max_tokens": 9, "messages": [{"role": "user", "content": [ANTHROPIC_IMAGE]}]},
+        "messages",
+    ),
+    "anthropic document": (
+        "/v1/messages",
+        {"max_tokens": 9, "messages": [{"role": "user", "content": [ANTHROPIC_IMAGE | {"type": "document"}]}]},
+        "messages",
+    ),
+    "anthropic result": (
+        "/v1/messages",
+        {"max_tokens": 9, "messages": [{"role": "assistant", "content": [CALL]}, {"role": "user", "content": [RESULT]}]},
+        "messages",
+    ),
+    "responses image": (
+        "/v1/responses",
+        {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": f"data:image/png;base64,{PNG}"}]}]},
+        "input",
+    ),
+}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("case", UNREAD)
+def test_what_it_cannot_read_is_a_400_that_names_the_field(process: RouterProcess, case: str, streamed: bool) -> None:
+    path, body, field = UNREAD[case]
+    answer = process.post(path, {"model": "echo", "stream": streamed, **body})
+    assert answer.status == 400, answer
+    error = answer.json()["error"]
+    assert field in error["message"]
+    assert error.get("param", field) == field, "Anthropic's errors have no place for it"
+    assert (process.record()["status"], process.record()["attempts"]) == (400, [])
+
+
+def test_behind_a_local_model_without_eyes_it_does_not_pretend_to_have_some(
+    router: RouterFactory, upstream: FakeUpstream
+) -> None:
+    """The chain of the shipped configuration, asked about an image."""
+    upstream.default = lambda received: json_answer(
+        {"models": [{"model": "phi3"}]} if received.path == "/api/tags" else {"capabilities": ["completion"]}
+    )
+    local = '[[providers]]\nname = "local"\nformat = "ollama"\nbase_url = "{upstream}"\n'
+    chain = '[[routers]]\ntype = "discover"\nprovider = "local"\n[[routers]]\ntype = "fallback"\nproviders = ["echo"]\n'
+    process = router(providers=local + ECHO, rules=chain)
+    until(lambda: process.stats()["providers"]["local"]["models"], 10, "the models are known")
+    answer = process.post("/v1/chat/completions", {"model": "phi3", "messages": [{"role": "user", "content": [OPENAI_IMAGE]}]})
+    assert (answer.status, answer.error["param"]) == (400, "messages")
+    assert "phi3" in answer.error["message"]
+    assert [received for received in upstream.posts if received.path == "/api/chat"] == []
+
+
+def test_an_image_goes_past_it_to_a_provider_that_may_have_eyes(router: RouterFactory) -> None:
+    chain = '[[routers]]\ntype = "prefix"\nmodel_prefix = ""\nprovider = "{name}"\n'
+    process = router(providers=ECHO + PROVIDER, rules="".join(chain.replace("{name}", name) for name in ("echo", "up")))
+    image = [{"role": "user", "content": [OPENAI_IMAGE]}]
+    answer = process.post("/v1/chat/completions", {"model": "m", "messages": image})
+    assert (answer.status, answer.headers["x-router-provider"]) == (200, "up")
+    assert process.chat().headers["x-router-provider"] == "echo"
+
+
+def test_the_tokens_of_what_it_cannot_read_are_estimated_all_the_same(process: RouterProcess) -> None:
+    _, body, _ = UNREAD["anthropic image"]
+    answer = process.post("/v1/messages/count_tokens", {"model": "echo", "messages": body["messages"]})
+    assert (answer.status, answer.headers["x-router-usage-source"]) == (200, "estimated")
 
 
 def test_it_is_listed(client: openai.OpenAI) -> None:

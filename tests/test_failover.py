@@ -463,7 +463,29 @@ def test_a_retry_after_beyond_the_budget_is_passed_on_at_once(house: MakeHouse, 
     assert clock.taken() == 0
 
 
-@pytest.mark.parametrize("value", ["soon", "-1", "1.5", "", "0x10", "Wed, 32 Foo 2026 00:00:00 GMT", "9" * 40])
+@pytest.mark.parametrize("form", ["%a, %d %b %Y %H:%M:%S GMT", "%A, %d-%b-%y %H:%M:%S GMT", "%a %b %e %H:%M:%S %Y"])
+def test_each_form_of_an_http_date_is_waited_for_and_passed_on(
+    house: MakeHouse, fakes: Fakes, clock: Clock, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    """All of them are in UTC, wherever the router stands."""
+    value = time.strftime(form, time.gmtime(time.time() + 3600))
+    always(error_answer(429, headers={"Retry-After": value}), fakes["a"])
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "Asia/Tokyo")
+        time.tzset()
+        answered = house(provider("a", fakes["a"])).chat()
+    time.tzset()
+    assert (answered.status, answered.headers["retry-after"]) == (429, value)
+    assert fakes.counts() == {"a": 1}, "it said when"
+
+
+NO_DATES = (
+    "Wed, 32 Foo 2026 00:00:00 GMT", "Wed, 31 Feb 2099 00:00:00 GMT", "Wed, 21 Oct 2099 07:28:00",
+    "Wed, 21 Oct 2099 07:28:00 -0000", "Wed, 21 Oct 2099 07:28:00 +0200", "21 Oct 2099 07:28:00 GMT", "2099-10-21T07:28:00Z",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ["soon", "-1", "1.5", "", "0x10", "9" * 40, *NO_DATES])
 def test_a_retry_after_that_is_none_counts_for_nothing(house: MakeHouse, fakes: Fakes, clock: Clock, value: str) -> None:
     always(error_answer(429, headers={"Retry-After": value}), fakes["a"])
     here = house(provider("a", fakes["a"]), attempts=2)

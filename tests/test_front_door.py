@@ -81,6 +81,38 @@ def test_metadata_is_forwarded_only_to_an_upstream_that_wants_it(app: MakeApp, u
     assert "models" not in sent
 
 
+ASKED: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]},
+    "/v1/messages": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9},
+    "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "hi"}]},
+    "/v1/responses": {"input": "hi"},
+    "/v1/embeddings": {"input": "hi"},
+}
+FORMATS = {"/v1/messages/count_tokens": ["anthropic"], "/v1/embeddings": ["openai", "ollama"]}
+"""The upstreams that are asked of each path; elsewhere all of them, and an openai one that speaks /responses itself."""
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize(
+    ("path", "format"), [(p, f) for p in ASKED for f in FORMATS.get(p, ["openai", "anthropic", "ollama", "responses"])]
+)
+def test_metadata_is_forwarded_in_whatever_language_and_wherever_it_was_said(
+    app: MakeApp, upstream: FakeUpstream, path: str, format: str, wanted: bool
+) -> None:
+    kind = f'format = "{format}"' if format != "responses" else 'format = "openai"\nresponses = true'
+    provider = f'[[providers]]\nname = "up"\n{kind}\nbase_url = "{{upstream}}/v1"\nforward_metadata = {str(wanted).lower()}\n'
+    application = app(providers=provider)
+    body = {"model": "fake-model", **ASKED[path], "trace": {"a": 1}, "plugins": [], "models": ["fake-model"]}
+    post(application, path, {**body, "session_id": "s"}, {"X-Session-Id": "by-header"})
+    post(application, path, body, {"X-Session-Id": "by-header"})
+    post(application, path, {k: v for k, v in body.items() if k != "trace"})
+    asked = [sent.json() for sent in upstream.posts if "show" not in sent.path]
+    told = [{k: v for k, v in a.items() if k in ("trace", "session_id", "plugins", "models")} for a in asked]
+    said = [{"trace": {"a": 1}, "session_id": "s"}, {"trace": {"a": 1}, "session_id": "by-header"}, {}]
+    again = [t for i, t in enumerate(told) if i == 0 or t != told[i - 1]]  # the fake answers in one language only
+    assert again == (said if wanted else [{}])
+
+
 def test_a_whole_answer_says_who_answered_and_what_it_took(app: MakeApp, upstream: FakeUpstream) -> None:
     upstream.script(json_answer(chat_completion(usage={"prompt_tokens": 11, "completion_tokens": 4, "total_tokens": 15})))
     headers = post(app()).headers
@@ -238,6 +270,31 @@ def test_what_claims_to_be_gzip_and_is_not_is_a_400(app: MakeApp) -> None:
         answer = post(application, body=body, headers={"Content-Encoding": "gzip"})
         assert answer.status == 400
         assert answer.error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("cut", [1, 40])
+def test_a_body_gzipped_in_several_members_is_taken_whole(app: MakeApp, upstream: FakeUpstream, cut: int) -> None:
+    whole = json.dumps(chat_body("zipped in parts")).encode()
+    body = gzip.compress(whole[:cut]) + gzip.compress(b"") + gzip.compress(whole[cut:])
+    answer = post(app(), body=body, headers={"Content-Encoding": "gzip"})
+    assert answer.status == 200, answer.body
+    assert upstream.posts[0].json()["messages"] == chat_body("zipped in parts")["messages"]
+
+
+def test_several_members_are_taken_up_to_the_same_limit(app: MakeApp, upstream: FakeUpstream) -> None:
+    body = gzip.compress(b'{"model":"m","x":"' + b"a" * 60_000) + gzip.compress(b"a" * 60_000 + b'"}')
+    answer = post(app(server="max_body_bytes = 100000"), body=body, headers={"Content-Encoding": "gzip"})
+    assert answer.status == 413
+    assert upstream.posts == []
+
+
+@pytest.mark.parametrize("after", [b"x", b"\0", b"\x1f\x8b", gzip.compress(b"{}")[:-1]])
+def test_what_stands_after_a_gzipped_body_and_is_no_further_member_is_a_400(
+    app: MakeApp, upstream: FakeUpstream, after: bytes
+) -> None:
+    body = gzip.compress(json.dumps(chat_body()).encode()) + after
+    assert post(app(), body=body, headers={"Content-Encoding": "gzip"}).status == 400
+    assert upstream.posts == []
 
 
 def test_a_gzip_bomb_is_a_413(app: MakeApp, upstream: FakeUpstream) -> None:

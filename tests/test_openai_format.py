@@ -110,6 +110,10 @@ def deltas(told: list[dict[str, Any]]) -> list[dict[str, Any]]:
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"temperature": "hot"}, "temperature"),
         ({"max_completion_tokens": 1.5}, "max_completion_tokens"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": 5, "max_completion_tokens": -1}, "max_completion_tokens"),
     ],
 )
 def test_a_request_that_cannot_be_is_refused_by_name(change: dict[str, Any], param: str) -> None:

@@ -612,6 +612,39 @@ def test_settings_are_checked_by_their_part(app: MakeApp, part: str, place: str)
     assert f".toml.{place}" in refused(app, part)
 
 
+@pytest.mark.parametrize(
+    ("part", "place"),
+    [
+        (plugin("response-haeling", enabled=False), "plugins.response-haeling"),
+        (table("[plugins.response-haeling]"), "plugins.response-haeling"),
+        (plugin("keywrd", kind="classifiers", enabled=False), "classifiers.keywrd"),
+        (plugin("web", kind="classifiers", enabled=False), "classifiers.web"),
+        (plugin("refusals", kind="response_classifiers", enabled=False), "response_classifiers.refusals"),
+        (plugin("response-healing", enabled=False, strict=True), "plugins.response-healing.strict"),
+        (plugin("keyword", kind="classifiers", enabled=False, tags={"code": "function"}), "classifiers.keyword.tags"),
+        (plugin("structure", kind="classifiers", enabled=False, long_chars=0), "classifiers.structure.long_chars"),
+        (plugin("pareto-router", enabled=False, default_teir="fast"), "plugins.pareto-router.default_teir"),
+        (plugin("pareto-router", enabled=False, tiers={"fast": ["b"]}), "plugins.pareto-router.tiers.fast[0]"),
+        (table("[plugins.x]", enabled=False, module=5), "plugins.x.module"),
+    ],
+)
+def test_a_typo_in_a_part_that_is_off_is_a_start_error_as_well(app: MakeApp, part: str, place: str) -> None:
+    assert f".toml.{place}: " in refused(app, part)
+
+
+def test_an_unknown_part_is_told_with_the_one_that_was_meant(app: MakeApp) -> None:
+    assert "did you mean response-healing?" in refused(app, plugin("response-haeling", enabled=False))
+    assert "known are pareto-router, response-healing" in refused(app, plugin("nonsense"))
+
+
+def test_a_part_that_is_off_may_leave_for_later_what_it_needs_and_is_not_loaded(app: MakeApp) -> None:
+    off = [
+        plugin("pareto-router", enabled=False), plugin("web", enabled=False, base_url="http://localhost:8888", max_results=5),
+        plugin("pdf", enabled=False), plugin("stranger", "no.such_module", enabled=False, size=3),
+    ]  # fmt: skip
+    app(config(provider("a"), *off))
+
+
 @pytest.mark.parametrize("limit", ["soon", -1, 0, True, [1]])
 def test_a_limit_that_is_none_is_a_start_error(app: MakeApp, foreign: Foreign, limit: Any) -> None:
     module = foreign(hook("pre_request", "return None"))

@@ -61,6 +61,7 @@ from providers import (
 
 REQUESTS, STREAMS, UPSTREAM = "responses/requests", "responses/streams", "responses/upstream"
 STAMP = Stamp("abcdefghij", 1763632800, "up-model")
+BOUND = read("responses", "bound.json")
 PATCH = {"model": "m", "input": "hi", "tools": [{"type": "custom", "name": "apply_patch"}]}
 EVENTS: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 WEATHER = {"type": "function", "name": "weather", "parameters": {"type": "object"}, "strict": False}
@@ -101,6 +102,18 @@ def test_a_request_that_cannot_be_is_refused_by_the_name_of_its_field(refused: d
         heard("responses", refused["client"])
     assert error.value.param == refused["param"]
     assert refused["param"].split(".")[-1].split("[")[0] in error.value.message
+
+
+@pytest.mark.parametrize("bound", BOUND, ids=lambda b: str(b["case"]))
+def test_what_only_its_vendor_can_know_binds_a_request_to_it(bound: dict[str, Any]) -> None:
+    ((param, why),) = heard("responses", bound["client"]).bound.items()
+    assert param == bound["param"]
+    assert param in why
+
+
+def test_a_request_that_goes_on_at_its_vendor_need_say_nothing_more() -> None:
+    assert heard("responses", {"model": "m", "prompt": {"id": "pmpt_1"}}).messages == []
+    assert heard("responses", {"model": "m", "input": [], "previous_response_id": "resp_1"}).messages == []
 
 
 def test_the_routers_own_fields_are_taken_out() -> None:
@@ -283,12 +296,51 @@ def test_a_broken_answer_ends_in_an_error_and_a_failed_response() -> None:
     assert [item["status"] for item in failed["output"]] == ["completed", "incomplete"]
 
 
+@pytest.mark.parametrize("case", cases(UPSTREAM, ".sse"))
+def test_a_stream_passed_on_that_breaks_anywhere_ends_by_its_own_numbers_and_as_its_own_response(case: str) -> None:
+    blocks = responses.Parser().feed(raw_file(UPSTREAM, f"{case}.sse"))
+    for passed in range(len(blocks)):
+        relay = responses.Relay(heard("responses", PATCH), STAMP)
+        before = relay.feed(blocks[:passed])
+        assert before == b"".join(block for block, _ in blocks[:passed])
+        told = said((before + relay.fail(late("stream_idle", 2.0))).replace(b"\r\n", b"\n"))
+        assert [obj["sequence_number"] for obj in told] == list(
+            range(told[0]["sequence_number"], told[0]["sequence_number"] + len(told))
+        )
+        assert [obj["type"] for obj in told if obj["type"] in ("response.created", "error", "response.failed")] == [
+            "response.created", "error", "response.failed",
+        ]  # fmt: skip
+        for obj in told[len(said(before.replace(b"\r\n", b"\n"))) :]:
+            EVENTS.validate_python(obj, strict=True)
+        begun, failed = told[0]["response"], told[-1]["response"]
+        assert (failed["id"], failed["model"], failed["status"]) == (begun["id"], begun["model"], "failed")
+        _check_broken(told, failed["output"])
+
+
+def _check_broken(told: list[dict[str, Any]], output: list[dict[str, Any]]) -> None:
+    """What has ended is there as it ended, what grew is there as far as it came."""
+    ended = {obj["output_index"]: obj["item"] for obj in told if obj["type"] == "response.output_item.done"}
+    begun = {obj["output_index"]: obj["item"] for obj in told if obj["type"] == "response.output_item.added"}
+    assert [item["id"] for item in output] == [begun[index]["id"] for index in sorted(begun)]
+    for index, item in zip(sorted(begun), output, strict=True):
+        parts: dict[int, str] = {}
+        for obj in told:
+            if obj.get("output_index") == index and "delta" in obj:
+                part = obj.get("summary_index", obj.get("content_index", 0))
+                parts[part] = parts.get(part, "") + obj["delta"]
+        assert item == ended[index] if index in ended else item["status"] == "incomplete"
+        assert all(json.dumps(text) in json.dumps(item) for text in parts.values())
+
+
 @pytest.mark.parametrize("how", ["raw", "helper"])
 @pytest.mark.parametrize("rendered_before", [True, False])
 def test_the_official_client_raises_on_a_broken_answer(how: str, rendered_before: bool, upstream: FakeUpstream) -> None:
     renderer, error = responses.Renderer(heard("responses", PATCH), STAMP), late("stream_idle", 2.0)
     head = renderer.feed(Begin()) + renderer.feed(Text("half"))
-    upstream.default = stream([head, renderer.fail(error) if rendered_before else responses.render_stream_error(error)])
+    relay = responses.Relay(heard("responses", PATCH), STAMP)
+    upstream.default = stream(
+        [relay.feed(responses.Parser().feed(head)), renderer.fail(error) if rendered_before else relay.fail(error)]
+    )
     seen: list[str] = []
     with (
         openai.OpenAI(base_url=upstream.url, api_key="unused", max_retries=0) as client,
@@ -496,18 +548,17 @@ def test_an_answer_that_was_cut_short_is_incomplete(client: openai.OpenAI, upstr
     assert last.response.incomplete_details.reason == "max_output_tokens"
 
 
-@pytest.mark.parametrize(
-    ("more", "param"),
-    [
-        ({"previous_response_id": "resp_1"}, "previous_response_id"),
-        ({"background": True}, "background"),
-        ({"input": []}, "input"),
-    ],
-)
-def test_what_cannot_be_is_the_clients_error(client: openai.OpenAI, upstream: FakeUpstream, more: Any, param: str) -> None:
+NO_INPUT = {"case": "no_input", "param": "input", "client": {"model": "m", "input": []}}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("case", [*BOUND, NO_INPUT], ids=lambda c: str(c["case"]))
+def test_what_cannot_be_translated_is_the_clients_error(
+    client: openai.OpenAI, upstream: FakeUpstream, case: dict[str, Any], streamed: bool
+) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
-        client.responses.create(**{"model": "fake-model", "input": "hi", **more})
-    assert refused.value.param == param
+        client.responses.create(**case["client"], stream=streamed)
+    assert refused.value.param == case["param"]
     assert upstream.posts == []
 
 
@@ -626,6 +677,62 @@ def test_a_whole_answer_is_passed_on_byte_for_byte(native: RouterProcess, upstre
     assert record["dropped"] == []
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("bound", BOUND, ids=lambda b: str(b["case"]))
+def test_what_cannot_be_translated_is_passed_on_to_its_vendor(
+    native: RouterProcess, upstream: FakeUpstream, bound: dict[str, Any], streamed: bool
+) -> None:
+    upstream.default = responses_that("text")
+    reply = native.post("/v1/responses", {**bound["client"], "stream": streamed})
+    assert reply.status == 200, reply
+    assert upstream.posts[0].path == "/v1/responses"
+    assert upstream.posts[0].json() == {**bound["client"], "stream": streamed}
+    assert (native.record()["outcome"], native.record()["dropped"]) == ("ok", [])
+
+
+def test_a_response_in_the_background_has_only_begun(native: RouterProcess, upstream: FakeUpstream) -> None:
+    queued = {**read(UPSTREAM, "whole.json"), "status": "queued", "output": [], "usage": None}
+    upstream.default = json_answer(queued)
+    assert native.post("/v1/responses", {"model": "m", "input": "hi", "background": True}).json() == queued
+    assert native.post("/v1/responses", {"model": "m", "input": "hi"}).status == 502, "nobody asked for that"
+    assert [record["outcome"] for record in native.settled(2)] == ["ok", "error"]
+
+
+TWO_KINDS = """
+[[providers]]
+name = "chat"
+format = "openai"
+base_url = "{upstream}/chat/v1"
+
+[[providers]]
+name = "whole"
+format = "openai"
+base_url = "{upstream}/whole/v1"
+responses = true
+"""
+IN_ORDER = """
+[[routers]]
+type = "prefix"
+model_prefix = ""
+provider = "chat"
+
+[[routers]]
+type = "prefix"
+model_prefix = ""
+provider = "whole"
+"""
+
+
+def test_what_cannot_be_translated_goes_past_those_who_would_need_it(router: RouterFactory, upstream: FakeUpstream) -> None:
+    process = router(providers=TWO_KINDS, rules=IN_ORDER)
+    upstream.default = responses_that("text")
+    asked = {"model": "m", "input": "hi", "previous_response_id": "resp_1"}
+    assert process.post("/v1/responses", asked).headers["x-router-provider"] == "whole"
+    assert [sent.path for sent in upstream.posts] == ["/whole/v1/responses"]
+    upstream.default = error_answer(503)
+    assert process.post("/v1/responses", asked).status == 502, "the one that could is down: that is no fault of the request"
+
+
 def test_other_clients_still_speak_chat_to_it(native: RouterProcess, upstream: FakeUpstream) -> None:
     assert native.chat().status == 200
     assert upstream.posts[0].path == "/v1/chat/completions"
@@ -655,3 +762,15 @@ def test_a_stream_passed_on_that_fails_raises(
     assert seen[-1] == "response.output_text.delta"
     record = native.record()
     assert (record["outcome"], record["response"]["content"]) == ("error", "Hi")
+
+
+@pytest.mark.parametrize(
+    "last", [fin(), raw(event({"type": "error", "message": "no", "sequence_number": 5}))], ids=["cut", "told"]
+)
+def test_a_stream_passed_on_that_fails_goes_on_counting(native: RouterProcess, upstream: FakeUpstream, last: Any) -> None:
+    blocks = raw_file(UPSTREAM, "text.sse").split(b"\n\n")
+    upstream.script(stream_head("close") + raw(b"\n\n".join(blocks[:5]) + b"\n\n") + last)
+    *_, before, error, end = said(native.post("/v1/responses", {"model": "m", "input": "hi", "stream": True}).body)
+    assert [before["sequence_number"], error["sequence_number"], end["sequence_number"]] == [4, 5, 6]
+    assert (end["response"]["id"], end["response"]["model"]) == ("resp_67c9", "gpt-4.1-2025-04-14")
+    assert [item["content"][0]["text"] for item in end["response"]["output"]] == ["Hi"]

@@ -113,6 +113,19 @@ def test_off_a_disabled_sdk_turns_off_what_the_file_turns_on(router: RouterFacto
     assert collector.received == []
 
 
+@pytest.mark.parametrize("told", ["enabled = false", 'enabled = true\nservice_name = "x"'])
+def test_off_variables_that_no_collector_could_use_do_not_keep_the_router_from_starting(router: RouterFactory, told: str) -> None:
+    """They are other programs' variables, too."""
+    environment = {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": "unix:///run/otel.sock", "OTEL_TRACES_SAMPLER_ARG": "half",
+        "OTEL_EXPORTER_OTLP_HEADERS": "host=x",
+    }  # fmt: skip
+    environment |= {"OTEL_SDK_DISABLED": "TRUE"} if "true" in told else {}
+    process = router(rules=f"{RULES}\n[telemetry]\n{told}\n", environment=environment)
+    assert process.chat().status == 200
+    assert process.stats()["telemetry"]["enabled"] is False
+
+
 # --- one trace, seen by everybody
 
 
