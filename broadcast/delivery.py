@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from broadcast.destinations import Destination, Entry, Listening, Settings, searches, skip_reason
-from broadcast.encoder import Record, encode, envelope, fragment, halves, unfit
+from broadcast.encoder import Record, fragment, halves, unfit
 from broadcast.exchange import Answer, Carrier
+from broadcast.otlp import envelope
 from broadcast.store import Counts, Offers, Store
 
 log = logging.getLogger("broadcast")
@@ -189,7 +190,7 @@ class Writer:
             taken = [identity for identity, reason in skipped.items() if not reason]
             settings = self._owner.settings
             self._owner.given.update(dict.fromkeys(taken, record))
-            body = fragment(document(record, privacy, settings)) if taken else b""
+            body = fragment(record, privacy, settings.service_name, settings.service_version) if taken else b""
             return body, taken, "too_large" if len(body) > settings.queue_max_bytes else ""
         except Exception as error:  # noqa: BLE001 - one record must not stop the others
             log.error("broadcast: a record could not be encoded: %s", type(error).__name__)
@@ -419,11 +420,6 @@ def end(workers: list[Worker], deadline: float) -> None:
     grace = time.monotonic() + 0.5
     for worker in workers:
         worker.join(grace)
-
-
-def document(record: Record, privacy: bool, settings: Settings) -> dict[str, Any]:
-    """What a destination of this kind of privacy gets for a record."""
-    return encode(record, privacy=privacy, service_name=settings.service_name, service_version=settings.service_version)
 
 
 def resend(path: str, d: Destination, settings: Settings, listening: Listening) -> dict[str, Any]:

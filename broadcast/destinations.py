@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final, NamedTuple
 
-from broadcast.encoder import Record, as_count, as_double, blocks, digest
+from broadcast.encoder import Record, as_count, as_double, blocks
+from broadcast.otlp import digest
 
 
 class BadAddress(ValueError):

@@ -1,31 +1,27 @@
 """One finished record in, one OTLP/HTTP JSON document out, as OpenRouter's Broadcast would have sent it.
 
-Pure: nothing here waits, reads a clock or keeps anything. Nothing a client sends can make the encoder fail or its document
-invalid: what does not fit is repaired and marked beside it. With privacy on, content is never touched, so there is nothing
-to strip. A queue holds fragments (documents without their envelope), so that a batch is a join.
+Pure: nothing here waits, reads a clock or keeps anything. What a record means as spans and attributes is here, how these are
+written is `otlp`'s. With privacy on, content is never touched, so there is nothing to strip.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Final
 
-Record = Mapping[str, Any]
-Pairs = list[tuple[str, Any]]
+from broadcast import otlp
+from broadcast.otlp import Pairs, as_json, digest
 
-LONGEST_VALUE: Final = 10_000_000  # OpenRouter's own limit
-LONGEST_KEY: Final = 256
-LONGEST_NAME: Final = 1_024
+Record = Mapping[str, Any]
+SCOPE: Final = "openrouter"
+
 MOST_METADATA: Final = 1_000  # keys of one `trace` object
 INLINE_MEDIA: Final = 4_096  # OpenRouter strips multimodal parts; a thumbnail or a URL is worth keeping
 
-INTERNAL, SERVER, CLIENT = 1, 2, 3
-NANOS: Final = 1_000_000  # in a millisecond
 NAMES: Final = ("trace_name", "span_name", "generation_name")
 RESERVED: Final = ("trace_id", "parent_span_id", *NAMES)
 HEX32, HEX16 = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{16}")
@@ -59,45 +55,32 @@ CONTENT_KEYS: Final = frozenset(
 
 def encode(record: Record, *, privacy: bool, service_name: str = "openrouter", service_version: str = "1.0.0") -> dict[str, Any]:
     """Give the OTLP/HTTP JSON document of one finished request; one `resourceSpans` entry per span, as OpenRouter does."""
-    about = {"service.name": service_name, "openrouter.trace.id": record["generation_id"], "service.version": service_version}
-    return _document(list(about.items()), _spans(record, privacy, service_name))
+    document: dict[str, Any] = json.loads(otlp.envelope([fragment(record, privacy, service_name, service_version)]))
+    return document
 
 
-def _document(about: Pairs, spans: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    resource, scope = {"attributes": _attributes(about)}, {"name": "openrouter"}
-    return {"resourceSpans": [{"resource": resource, "scopeSpans": [{"scope": scope, "spans": [span]}]} for span in spans]}
-
-
-def to_bytes(document: Mapping[str, Any]) -> bytes:
-    return json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-
-
-def fragment(document: Mapping[str, Any]) -> bytes:
-    """The entries without their envelope: what is queued, so that a batch is a join."""
-    return to_bytes(document)[len(b'{"resourceSpans":[') : -len(b"]}")]
-
-
-def envelope(fragments: Iterable[bytes]) -> bytes:
-    return b'{"resourceSpans":[' + b",".join(fragments) + b"]}"
+def fragment(record: Record, privacy: bool, service_name: str, service_version: str) -> bytes:
+    """The same document as it is written, but for its envelope: what is queued, so that a batch is a join."""
+    about: Pairs = [("service.name", service_name), ("openrouter.trace.id", record["generation_id"])]
+    about.append(("service.version", service_version))
+    return otlp.entries(about, SCOPE, _spans(record, privacy, service_name)).encode()
 
 
 def connection_test(service_name: str, now_ms: int) -> bytes:
     """OpenRouter's own test: one real span, because some gateways answer an empty request before they look at the key."""
-    span = {"traceId": f"{1:032x}", "spanId": f"{1:016x}", "name": f"{service_name}-connection-test", "kind": INTERNAL}
-    span |= {"startTimeUnixNano": str(now_ms * NANOS), "endTimeUnixNano": str((now_ms + 1) * NANOS)}
-    span |= {"status": {"code": 1}, "attributes": []}
-    return to_bytes(_document([("service.name", service_name)], [span]))
+    name, window = f"{service_name}-connection-test", (now_ms, now_ms + 1)
+    span = otlp.span(f"{1:032x}", f"{1:016x}", None, name, otlp.INTERNAL, window, None, "[]")
+    return otlp.envelope([otlp.entries([("service.name", service_name)], SCOPE, [span]).encode()])
 
 
 def halves(line: bytes) -> list[bytes]:
     """A document of several records as two of half as many; one of a single record as it is."""
-    entries: dict[str, list[bytes]] = {}
+    records: dict[str, list[bytes]] = {}
     for entry in json.loads(line)["resourceSpans"]:
         about = {pair.get("key"): pair.get("value") for pair in entry["resource"]["attributes"]}
-        entries.setdefault(str(about.get("openrouter.trace.id")), []).append(json.dumps(entry, separators=(",", ":")).encode())
-    records = [b",".join(spans) for spans in entries.values()]
-    middle = len(records) // 2
-    return [envelope(part) for part in (records[:middle], records[middle:]) if part]
+        records.setdefault(str(about.get("openrouter.trace.id")), []).append(json.dumps(entry, separators=(",", ":")).encode())
+    parts, middle = [b",".join(spans) for spans in records.values()], len(records) // 2
+    return [otlp.envelope(part) for part in (parts[:middle], parts[middle:]) if part]
 
 
 def unfit(line: bytes, privacy: bool) -> str:
@@ -115,39 +98,29 @@ def _has_content(span: Mapping[str, Any]) -> bool:
     return bool(keys & CONTENT_KEYS) or span["status"].get("message") not in (None, *SENTENCES.values())
 
 
-def _spans(record: Record, privacy: bool, service_name: str) -> list[dict[str, Any]]:
+def _spans(record: Record, privacy: bool, service_name: str) -> list[str]:
     """The optional spans above, the generation, then one child per attempt and one for the answer's body."""
     given, generation_id, whole = record.get("trace") or {}, record["generation_id"], _window(record)
     trace_id, parent, names = _trace_id(given.get("trace_id"), generation_id), _parent(given), _names(given)
     failure = _failure(record, privacy)
-    made: list[dict[str, Any]] = []
+    made: list[str] = []
 
-    def add(seed: str, name: str, kind: int, window: tuple[int, int], failed: str | None, pairs: Pairs) -> dict[str, Any]:
-        span: dict[str, Any] = {"traceId": trace_id, "spanId": digest(seed)[:16]}
-        span |= {"parentSpanId": parent} if parent else {}
-        span |= {"name": _clean(name, LONGEST_NAME)[0], "kind": kind}
-        span |= {"startTimeUnixNano": str(window[0] * NANOS), "endTimeUnixNano": str(window[1] * NANOS)}
-        span |= {"status": {"code": 2, "message": _clean(failed)[0]} if failed else {"code": 1}}
-        made.append(span | {"attributes": _attributes(pairs)})
-        return made[-1]
+    def add(seed: str, name: str, kind: int, window: tuple[int, int], failed: str | None, pairs: Pairs, events: str = "") -> str:
+        span_id = digest(seed)[:16]
+        made.append(otlp.span(trace_id, span_id, parent, name, kind, window, failed, otlp.attributes(pairs), events))
+        return span_id
 
     for key, suffix in (("trace_name", "trace"), ("span_name", "span")):
         if name := names[key]:
             seed = f"{generation_id}:{suffix}"
-            parent = add(seed, name, INTERNAL, whole, failure, _child(record, seed, failure))["spanId"]
+            parent = add(seed, name, otlp.INTERNAL, whole, failure, _child(record, seed, failure))
     pairs = _generation(record, privacy, failure, service_name) + _metadata(given, trace_id, names)
-    root = add(generation_id, names["generation_name"] or "LLM Generation", CLIENT, whole, failure, pairs)
-    if failure:
-        said = _attributes([("exception.type", "Error"), ("exception.message", failure)])
-        root["events"] = [{"timeUnixNano": root["endTimeUnixNano"], "name": "exception", "attributes": said}]
-    parent = root["spanId"]
+    said: Pairs = [("exception.type", "Error"), ("exception.message", failure)]
+    events = otlp.event("exception", whole[1], said) if failure else ""
+    parent = add(generation_id, names["generation_name"] or "LLM Generation", otlp.CLIENT, whole, failure, pairs, events)
     for seed, name, window, failed, pairs in _parts(record, privacy):
-        add(seed, name, SERVER, window, failed, pairs)
+        add(seed, name, otlp.SERVER, window, failed, pairs)
     return made
-
-
-def digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _window(record: Record) -> tuple[int, int]:
@@ -173,7 +146,10 @@ def _parent(given: Mapping[str, Any]) -> str | None:
 
 def _names(given: Mapping[str, Any]) -> dict[str, str | None]:
     wanted = {key: given.get(key) for key in NAMES}
-    return {k: _clean(name, LONGEST_NAME)[0] if isinstance(name, str) and name.strip() else None for k, name in wanted.items()}
+    return {
+        k: otlp.clean(name, otlp.LONGEST_NAME)[0] if isinstance(name, str) and name.strip() else None
+        for k, name in wanted.items()
+    }
 
 
 def _metadata(given: Mapping[str, Any], trace_id: str, names: Mapping[str, Any]) -> Pairs:
@@ -207,7 +183,7 @@ def _generation(record: Record, privacy: bool, failure: str | None, service_name
     model, native = answer.get("model"), answer.get("native_finish_reason") if ok else None
     if privacy:  # words of the provider's own, which may be anything
         model, native = _shaped(MODEL_NAME, model), _shaped(FINISH_WORD, native)
-    responses = _json([_provider_response(attempt) for attempt in attempts]) if attempts else None
+    responses = as_json([_provider_response(attempt) for attempt in attempts]) if attempts else None
     finish = answer.get("finish_reason") if ok else None
     return [
         ("trace.name", _names(get("trace") or {})["trace_name"] or "OpenRouter Request"),
@@ -231,7 +207,7 @@ def _generation(record: Record, privacy: bool, failure: str | None, service_name
         *_parameters(record),
         *_usage(record, ok),
         *([] if privacy else _content(record)),
-        ("gen_ai.response.finish_reasons", _json([finish]) if finish else None),
+        ("gen_ai.response.finish_reasons", as_json([finish]) if finish else None),
         ("gen_ai.response.finish_reason", finish),
         ("server.address", get("server_address")),
         ("server.port", get("server_port")),
@@ -373,19 +349,19 @@ def _attempt(attempt: Mapping[str, Any], index: int, failed: str | None) -> Pair
 def _content(record: Record) -> Pairs:
     """Prompt and answer; only ever called for a destination that may have them."""
     system, messages = record.get("system"), [_slim(message) for message in record.get("messages") or []]
-    prompt = _json({"messages": [{"role": "system", "content": system}, *messages] if system else messages})
+    prompt = as_json({"messages": [{"role": "system", "content": system}, *messages] if system else messages})
     answer, tools, request = record.get("response"), record.get("tools"), record.get("request") or {}
-    completion = _json(_completion(answer, tools, request)) if answer else None
+    completion = as_json(_completion(answer, tools, request)) if answer else None
     stop, tags = request.get("stop", request.get("stop_sequences")), record.get("tags")
     return [
         *((key, prompt) for key in ("trace.input", "span.input", "gen_ai.prompt")),
         *((key, completion) for key in ("trace.output", "span.output", "gen_ai.completion")),
-        ("gen_ai.system_instructions", _json([{"type": "text", "content": system}]) if system else None),
-        ("gen_ai.input.messages", _json([_message(message) for message in messages])),
-        ("gen_ai.output.messages", _json([_output_message(answer)]) if answer else None),
-        ("gen_ai.tool.definitions", _json(tools) if tools else None),
-        ("gen_ai.request.stop_sequences", None if stop is None else _json([stop] if isinstance(stop, str) else stop)),
-        ("trace.tags", _json(tags) if tags else None),
+        ("gen_ai.system_instructions", as_json([{"type": "text", "content": system}]) if system else None),
+        ("gen_ai.input.messages", as_json([_message(message) for message in messages])),
+        ("gen_ai.output.messages", as_json([_output_message(answer)]) if answer else None),
+        ("gen_ai.tool.definitions", as_json(tools) if tools else None),
+        ("gen_ai.request.stop_sequences", None if stop is None else as_json([stop] if isinstance(stop, str) else stop)),
+        ("trace.tags", as_json(tags) if tags else None),
     ]
 
 
@@ -452,82 +428,6 @@ def _output_message(answer: Mapping[str, Any]) -> dict[str, Any]:
     for call in answer.get("tool_calls") or []:
         parts.append({"type": "tool_call", **{key: call.get(key) for key in ("id", "name", "arguments")}})
     return {"role": "assistant", "parts": parts, "finish_reason": answer.get("finish_reason")}
-
-
-def _attributes(pairs: Pairs) -> list[dict[str, Any]]:
-    """OTLP key-values: None left out, keys unique, lists and objects as JSON text, every change marked beside it."""
-    made: dict[str, dict[str, Any]] = {}
-    for wanted, given in pairs:
-        if given is None:
-            continue
-        key = _key(wanted, made)
-        if isinstance(given, bool | int | float):
-            made[key] = _number(given)
-            continue
-        text, marks = _clean(given if isinstance(given, str) else _json(given))
-        made[key] = {"stringValue": text}
-        made |= {f"{key}.{mark}": {"boolValue": True} for mark in marks}
-    return [{"key": key, "value": value} for key, value in made.items()]
-
-
-def _number(value: bool | int | float) -> dict[str, Any]:
-    if isinstance(value, bool):
-        return {"boolValue": value}
-    if isinstance(value, int):
-        return {"intValue": value} if -(2**63) <= value < 2**63 else {"stringValue": _digits(value)}
-    return {"doubleValue": value} if math.isfinite(value) else {"stringValue": _not_finite(value)}
-
-
-def _not_finite(value: float) -> str:
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-
-
-def _digits(value: int) -> str:
-    try:
-        return str(value)
-    except ValueError:  # more digits than Python converts
-        return hex(value)
-
-
-def _key(wanted: str, taken: Mapping[str, Any]) -> str:
-    """A key nobody has yet: cut, repaired or doubled ones end in a digest of what was sent."""
-    key, marks = _clean(wanted, LONGEST_KEY)
-    key = f"{key}~{digest(wanted)[:8]}" if marks else key
-    while key in taken:
-        key = f"{key[:LONGEST_KEY]}~{digest(key)[:8]}"
-    return key
-
-
-def _clean(text: str, most: int = LONGEST_VALUE) -> tuple[str, list[str]]:
-    """Text that is valid UTF-8 without NUL (which databases behind a receiver refuse), and what was done to it."""
-    text, marks = (text[:most], ["truncated"]) if len(text) > most else (text, [])
-    if text.isascii() and "\0" not in text:
-        return text, marks
-    # Through UTF-16, so that two halves that belong together become the character they spell.
-    repaired = text.replace("\0", "\ufffd").encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return repaired, marks if repaired == text else [*marks, "repaired"]
-
-
-def _json(value: Any) -> str:
-    try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    except (ValueError, TypeError, RecursionError):
-        return json.dumps(_plain(value, 0), ensure_ascii=False, separators=(",", ":"))
-
-
-def _plain(value: Any, depth: int) -> Any:
-    """What JSON can say of anything."""
-    if depth > 100:
-        return "[deeper levels left out]"
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item, depth + 1) for key, item in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [_plain(item, depth + 1) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else _not_finite(value)
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        return _digits(value)
-    return value if value is None or isinstance(value, str | int) else f"[{type(value).__name__}]"
 
 
 def as_count(value: Any) -> int | None:

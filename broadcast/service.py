@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from broadcast.delivery import Delivery, Searcher, document, resend, warn
+from broadcast.delivery import Delivery, Searcher, resend, warn
 from broadcast.destinations import (
     OWN_FIELDS,
     TYPES,
@@ -36,7 +36,8 @@ from broadcast.destinations import (
     to_json,
     unmask,
 )
-from broadcast.encoder import Record, digest, encode
+from broadcast.encoder import Record, encode
+from broadcast.otlp import digest
 from broadcast.store import Store
 from broadcast.trial import not_tried, try_out
 
@@ -296,7 +297,8 @@ class Broadcast:
         d, record = self._entry(identity).destination, self._latest
         if record is None or skip_reason(d, record, self._search):
             record = self._delivery.given.get(identity) if self._delivery else None
-        payload = document(record, d.privacy_mode, self.settings) if record else None
+        names = {"service_name": self.settings.service_name, "service_version": self.settings.service_version}
+        payload = encode(record, privacy=d.privacy_mode, **names) if record else None
         return 200, {"generation_id": record and record["generation_id"], "request": show_request(d), "payload": payload}
 
     def _draft(self, body: Any, stored: Entry | None) -> Destination:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from typing import Any
 
 GENERATION_ID = "gen-1790606294-sdYHTGXUVyDKWCLqX5Op"  # the one in the capture, so that ids can be compared
@@ -114,6 +115,10 @@ def failed(**changes: Any) -> dict[str, Any]:
     attempt = ATTEMPT | {"status": 400, "error": "upstream said no", "error_type": "upstream_error", "headers_ms": None}
     wrong = {"outcome": "error", "status": 502, "error": "upstream said no", "error_type": "upstream_error"}
     return record(**{**wrong, "response": None, "usage_source": "none", "cost": None, "attempts": [attempt]} | changes)
+
+
+def to_bytes(document: dict[str, Any]) -> bytes:
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def attributes(span: dict[str, Any]) -> dict[str, Any]:

@@ -14,14 +14,13 @@ from urllib.parse import urlencode
 import pytest
 from backends import Collector, Jaeger, Span, collector, jaeger, need, otlp
 from backends.process import get_json
-from broadcast_records import ATTEMPT, attributes, failed, generation, record
+from broadcast_records import ATTEMPT, attributes, failed, generation, record, to_bytes
 from broadcast_runs import collector as to_collector
 from broadcast_runs import counts, running, settled
 from fake_collector import until
 
 from broadcast import Broadcast, Destination, Settings, delivery, encode, replay
 from broadcast.destinations import target
-from broadcast.encoder import to_bytes
 from broadcast.exchange import exchange
 
 ODD: list[dict[str, Any]] = [

@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from broadcast_records import GENERATION_ID, RECORD, failed, record
+from broadcast_records import GENERATION_ID, RECORD, failed, record, to_bytes
 from broadcast_runs import check_ledger, collector, configured, counts, running, settled
 from fake_collector import OK, FakeCollector, Received, Reply, read_request, until
 
 from broadcast import Broadcast, Destination, Settings, delivery, encode, replay
 from broadcast.delivery import Searcher
 from broadcast.destinations import skip_reason
-from broadcast.encoder import to_bytes
 from broadcast.exchange import retry_after
 
 ROOT = Path(__file__).parent.parent
@@ -621,13 +620,13 @@ def test_a_record_larger_than_the_whole_queue_is_dropped_alone(tmp_path: Path, r
 def test_a_record_that_cannot_be_encoded_is_counted_and_its_neighbours_arrive(
     tmp_path: Path, receiver: FakeCollector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def picky(given: Any, **more: Any) -> Any:
+    def picky(given: Any, *more: Any) -> Any:
         if given["user"] == "poison":
             raise KeyError("SECRET-PROMPT")
-        return genuine(given, **more)
+        return genuine(given, *more)
 
-    genuine = encode
-    monkeypatch.setattr(delivery, "encode", picky)
+    genuine = delivery.fragment
+    monkeypatch.setattr(delivery, "fragment", picky)
     with running(tmp_path, collector("a", receiver.url)) as made:
         before, _, after = sent(made, 1), sent(made, 1, user="poison"), sent(made, 1)
         assert settled(made, "a", 3)["dropped"] == {"encode_error": 1}
@@ -684,7 +683,7 @@ def test_a_full_disk_loses_nothing_that_was_accepted_and_delivery_goes_on(tmp_pa
 import resource, signal, sys, time
 sys.path[:0] = sys.argv[1:3]
 import broadcast
-from broadcast_records import record
+from broadcast_records import to_bytes, record
 from broadcast_runs import collector, configured, counts, check_ledger
 from pathlib import Path
 made = broadcast.Broadcast(configured(Path(sys.argv[3]), collector("a", sys.argv[4])))
@@ -783,7 +782,7 @@ CHILD = """
 import os, random, sys, time
 sys.path[:0] = sys.argv[1:3]
 import broadcast
-from broadcast_records import record
+from broadcast_records import to_bytes, record
 from broadcast_runs import collector, configured
 from pathlib import Path
 broadcast.delivery.BACKOFF_FIRST = 0.05

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from broadcast_records import ATTEMPT, GENERATION_ID, RECORD, attributes, failed, generation, record, spans
+from broadcast_records import ATTEMPT, GENERATION_ID, RECORD, attributes, failed, generation, record, spans, to_bytes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from broadcast.encoder import encode, to_bytes
+from broadcast.encoder import encode, fragment
+from broadcast.otlp import envelope
 
 WIRE = Path(__file__).parent / "wire" / "broadcast"
 RESPONSE: dict[str, Any] = RECORD["response"]
@@ -489,16 +490,28 @@ SPAN_KEYS = {
 }  # fmt: skip
 
 
-def check_strictly(document: dict[str, Any]) -> None:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    assert len(dict(pairs)) == len(pairs), "a name came twice in one object"
+    return dict(pairs)
+
+
+def no_constant(name: str) -> Any:
+    raise AssertionError(f"{name} is not JSON")
+
+
+def check_strictly(one: dict[str, Any], privacy: bool) -> dict[str, Any]:
     """OTLP JSON as receivers take it: hex ids, integer enums, times as decimal strings, one typed value per unique key."""
-    text = to_bytes(document).decode()  # raises on a lone surrogate, NaN or Infinity
-    assert json.loads(text) == document
+    text = envelope([fragment(one, privacy, "openrouter", "1.0.0")]).decode()
+    document: dict[str, Any] = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
+    assert document == encode(one, privacy=privacy)
+    assert text == json.dumps(document, ensure_ascii=False, separators=(",", ":")), "written as any JSON writer would"
     assert document.keys() == {"resourceSpans"}
     for entry in document["resourceSpans"]:
         check_attributes(entry["resource"]["attributes"])
         (scope,) = entry["scopeSpans"]
         (span,) = scope["spans"]
         check_span(span)
+    return document
 
 
 def check_span(span: dict[str, Any]) -> None:
@@ -538,7 +551,7 @@ def check_attributes(pairs: list[dict[str, Any]]) -> None:
 def check_with_the_projects_own_codec(document: dict[str, Any]) -> None:
     """Through OpenTelemetry's generated OTLP JSON classes and back, nothing lost."""
     service = pytest.importorskip("opentelemetry.proto_json.collector.trace.v1.trace_service")
-    read = service.ExportTraceServiceRequest.from_dict(json.loads(to_bytes(document))).to_dict()
+    read = service.ExportTraceServiceRequest.from_dict(document).to_dict()
     assert len(read["resourceSpans"]) == len(document["resourceSpans"])
     for ours, theirs in zip(spans(document), spans(read), strict=True):
         for key in ("traceId", "spanId", "name", "kind", "startTimeUnixNano", "endTimeUnixNano"):
@@ -549,9 +562,8 @@ def check_with_the_projects_own_codec(document: dict[str, Any]) -> None:
 @pytest.mark.parametrize("privacy", [False, True])
 @pytest.mark.parametrize("make", [record, failed])
 def test_what_is_sent_is_strict_otlp_json(make: Any, privacy: bool) -> None:
-    document = encode(make(trace={"trace_name": "t", "i": 1, "f": 0.5, "s": "\ud800"}, user="u", session_id="s"), privacy=privacy)
-    check_strictly(document)
-    check_with_the_projects_own_codec(document)
+    one = make(trace={"trace_name": "t", "i": 1, "f": 0.5, "s": "\ud800"}, user="u", session_id="s")
+    check_with_the_projects_own_codec(check_strictly(one, privacy))
 
 
 odd_text = st.text(st.characters(exclude_categories=()), max_size=30)
@@ -588,9 +600,7 @@ def test_whatever_a_client_sends_is_strict_otlp_json(
     changes = {"trace": trace, "messages": said, "request": request, "user": user, "session_id": user, "system": system}
     changes |= {"outcome": outcome, "error": error, "error_type": error, "requested_model": user, "tools": [trace]}
     for privacy in (False, True):
-        document = encode(record(**changes), privacy=privacy)
-        check_strictly(document)
-        check_with_the_projects_own_codec(document)
+        check_with_the_projects_own_codec(check_strictly(record(**changes), privacy))
 
 
 @settings(max_examples=60, deadline=None)
@@ -600,4 +610,4 @@ def test_whatever_a_provider_counts_is_strict_otlp_json(numbers: list[Any]) -> N
     attempt = ATTEMPT | {"start_ms": numbers[1], "duration_ms": numbers[2], "headers_ms": numbers[3], "status": numbers[4]}
     cost = dict.fromkeys(("input", "output", "total", "input_unit_price"), numbers[5]) | {"source": "reported"}
     changes = {"response": RESPONSE | {"usage": usage}, "attempts": [attempt], "cost": cost, "ttft_ms": numbers[6]}
-    check_strictly(encode(record(**changes, overhead_ms=numbers[6]), privacy=False))
+    check_strictly(record(**changes, overhead_ms=numbers[6]), False)

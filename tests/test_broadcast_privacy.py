@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from broadcast_records import ATTEMPT, RECORD, attributes, failed, generation, record
+from broadcast_records import ATTEMPT, RECORD, attributes, failed, generation, record, to_bytes
 from broadcast_runs import collector, counts, running, settled
 from fake_collector import FakeCollector, Reply, until
 
 from broadcast import delivery, encode
-from broadcast.encoder import to_bytes
 
 CANARY = "SECRET-PROMPT-canary"
 HIDDEN = base64.b64encode(f"..{CANARY}..".encode()).decode()
