@@ -35,6 +35,7 @@ BACKOFF_FIRST = 1.0
 BACKOFF_MOST = 30.0
 KEEP_IDLE: Final = 5.0  # seconds a connection without work is kept: most servers close it soon after
 GROUP_ITEMS, GROUP_WEIGHT = 256, 4 << 20  # of one commit
+LINGER = 0.02  # seconds after a commit: what comes meanwhile shares the next one, and the next delivery
 INBOX_ITEMS, INBOX_WEIGHT = 10_000, 64 << 20  # in memory, while the disk does not answer
 
 Takers = tuple[Entry, ...]
@@ -163,6 +164,7 @@ class Writer:
             self._wake.clear()
             while any(taken := self._take()):
                 self._commit(*self._offers(*taken))
+                self._stop.wait(LINGER)
 
     def _offers(self, group: list[tuple[Record, Takers]], lost: Mapping[str, int]) -> tuple[Offers, Counts]:
         """What each record means for each destination: a fragment per kind of privacy, and counts of the rest."""

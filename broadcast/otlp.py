@@ -62,17 +62,24 @@ def attributes(pairs: Pairs) -> str:
     for wanted, given in pairs:
         if given is None:
             continue
-        key = _key(wanted, made)
+        key = wanted if _is_plain(wanted, LONGEST_KEY) and wanted not in made else _key(wanted, made)
         if isinstance(given, bool | int | float):
             made[key] = _number(given)
             continue
-        if given is not before:
+        if given is not before and isinstance(given, str) and _is_plain(given, LONGEST_VALUE):
+            before, written, marks = given, f'{{"stringValue":{_quoted(given)}}}', []
+        elif given is not before:
             text, marks = clean(given if isinstance(given, str) else as_json(given))
             before, written = given, f'{{"stringValue":{_quoted(text)}}}'
         made[key] = written
         for mark in marks:
             made[f"{key}.{mark}"] = '{"boolValue":true}'
     return "[" + ",".join([f'{{"key":{_quoted(key)},"value":{value}}}' for key, value in made.items()]) + "]"
+
+
+def _is_plain(text: str, most: int) -> bool:
+    """Is there nothing that `clean` would do to it?"""
+    return len(text) <= most and text.isascii() and "\0" not in text
 
 
 def _number(value: bool | int | float) -> str:
@@ -111,7 +118,7 @@ def digest(text: str) -> str:
 def clean(text: str, most: int = LONGEST_VALUE) -> tuple[str, list[str]]:
     """Text that is valid UTF-8 without NUL (which databases behind a receiver refuse), and what was done to it."""
     text, marks = (text[:most], ["truncated"]) if len(text) > most else (text, [])
-    if text.isascii() and "\0" not in text:
+    if _is_plain(text, most):
         return text, marks
     # Through UTF-16, so that two halves that belong together become the character they spell.
     repaired = text.replace("\0", "\ufffd").encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
