@@ -293,6 +293,7 @@ def _channel_class(app: Application, limit: int) -> type:
         parser_class = Parser
         error_task_class = DialectError
         stalled = False
+        writing = False
         began: float | None = None
 
         def received(self, data: bytes) -> bool:
@@ -304,8 +305,20 @@ def _channel_class(app: Application, limit: int) -> type:
         def write_soon(self, data: bytes) -> int:
             if not self.total_outbufs_len:
                 self.last_activity = time.time()  # the client's time to read begins now, not with its last request
-            written: int = super().write_soon(data)
-            return written
+            self.writing = True
+            try:
+                written: int = super().write_soon(data)
+                return written
+            finally:
+                self.writing = False
+                if self.total_outbufs_len:
+                    self.server.pull_trigger()
+
+        def writable(self) -> bool:
+            """Is there something for the loop to send? Not what a worker is sending at this moment: the loop would spin
+            on its lock, and each turn would keep the interpreter from the worker. Above the high watermark it waits for us."""
+            waiting = self.total_outbufs_len > (self.adj.outbuf_high_watermark if self.writing else 0)
+            return bool(waiting or self.will_close or self.close_when_flushed)
 
         def received_late(self, now: float, seconds: float) -> bool:
             """Has a request been on its way for too long? A deadline for the whole of it: one byte now and then is no

@@ -11,6 +11,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -450,6 +451,36 @@ def test_sighup_with_a_broken_file_keeps_the_old_configuration(router: RouterFac
     until(lambda: "config.toml.routers[0]" in process.output(), 10, "the mistake is named")
     answer = process.chat()
     assert (answer.status, answer.headers["x-router-rule"]) == (200, "0:fallback")
+
+
+# --- one loop for all sockets
+
+
+def test_the_loop_does_not_spin_on_what_a_worker_is_sending(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of its turns would keep the interpreter from the worker, and a stream of many chunks would crawl."""
+    from waitress.channel import HTTPChannel
+
+    import server
+
+    triggered: list[bool] = []
+    channel: Any = object.__new__(server._channel_class(SimpleNamespace(), 1000))  # type: ignore[arg-type]
+    channel.total_outbufs_len, channel.will_close, channel.close_when_flushed = 0, False, False
+    channel.adj = SimpleNamespace(outbuf_high_watermark=100)
+    channel.server = SimpleNamespace(pull_trigger=lambda: triggered.append(channel.writable()))
+
+    def send(self: Any, data: bytes) -> int:
+        """As waitress: what is taken over waits until the socket has taken it."""
+        self.total_outbufs_len += len(data)
+        seen.append(self.writable())
+        self.total_outbufs_len -= taken
+        return len(data)
+
+    monkeypatch.setattr(HTTPChannel, "write_soon", send)
+    for size, taken, while_sending, after in ((5, 5, False, []), (5, 3, False, [True]), (500, 500, True, [True])):
+        seen: list[bool] = []
+        triggered.clear()
+        channel.write_soon(b"x" * size)
+        assert (seen, triggered) == ([while_sending], after), (size, taken)
 
 
 # --- the silence of a model
