@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import logging
 import math
 import random
@@ -758,15 +759,19 @@ def _masked(value: Any) -> Any:
         return [_masked(item) for item in value]
     if not isinstance(value, dict):
         return value
-    secret = {k for k, v in value.items() if isinstance(v, str) and _KEY_NAME.fullmatch(k)}
-    return {k: "[redacted]" if k in secret else _masked(v) for k, v in value.items()}
+    return {k: _masked(v) if not isinstance(v, str) else "[redacted]" if _names_a_key(k[:64]) else v for k, v in value.items()}
+
+
+@functools.lru_cache(1024)
+def _names_a_key(name: str) -> bool:
+    return _KEY_NAME.fullmatch(name) is not None
 
 
 def _sealed(record: dict[str, Any], sent: str) -> dict[str, Any]:
     """The record as its readers may have it: no key of ours in it, whatever the client (`sent` is its body) or the
     provider said."""
-    said = (sent, *map(str, (record["response"] or {}).values()))
-    sealed: dict[str, Any] = telemetry.without_secrets(record) if any(map(telemetry.holds_secret, said)) else record
+    said = (sent, *(record["response"] or {}).values())
+    sealed: dict[str, Any] = telemetry.without_secrets(record) if telemetry.hold_secret(said) else record
     return sealed
 
 

@@ -78,13 +78,16 @@ def scrub(text: str) -> str:
     return _shapes.sub(lambda m: (m["keep"] or m["basic"] or "") + "[redacted]", text)
 
 
-def holds_secret(text: str) -> bool:
-    """Is a registered secret (of 8 characters or more) in the text? Quick, also for long texts."""
-    return any(secret in text for secret in _long)
+def hold_secret(texts: Iterable[Any]) -> bool:
+    """Is a registered secret (of 8 characters or more) in one of these texts? Quick, also for long ones."""
+    if not _long:
+        return False
+    whole = "\n".join([str(text) for text in texts if text])
+    return any(secret in whole for secret in _long)
 
 
 def without_secrets(value: Any) -> Any:
-    """The same lists, dicts and texts, with every secret that `holds_secret` knows replaced by `[redacted]`."""
+    """The same lists, dicts and texts, with every secret that `hold_secret` knows replaced by `[redacted]`."""
     if isinstance(value, str):
         for secret in _long:
             value = value.replace(secret, "[redacted]")

@@ -240,11 +240,10 @@ def read_field(data: Mapping[str, Any], name: str, types: Any, what: str, *, req
     return value
 
 
-def check_positive(data: Mapping[str, Any], *names: str) -> None:
-    """Raise BadRequest naming the first of these fields, read as whole numbers before, that is there and below 1."""
-    for name in names:
-        if data.get(name) is not None and data[name] < 1:
-            raise BadRequest(f"{name} must be at least 1", param=name)
+def below_one(data: Mapping[str, Any], *names: str) -> dict[str, str]:
+    """Those of these limits, read as whole numbers before, that are below 1 -> why that cannot be said to every provider:
+    to some it is no limit at all, so they may have the client's own bytes (see `Request.bound`)."""
+    return {name: f"{name} must be at least 1" for name in names if data.get(name) is not None and data[name] < 1}
 
 
 def read_strings(value: str | list[Any] | None, name: str) -> list[str]:

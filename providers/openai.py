@@ -46,8 +46,8 @@ from providers import (
     Used,
     Vectors,
     amount,
+    below_one,
     block_text,
-    check_positive,
     dig,
     dumps,
     event_data,
@@ -76,7 +76,7 @@ def parse_request(body: Body, headers: Mapping[str, str]) -> Request:
         if value is not None:
             setattr(request, attribute, value)
     request.include_usage = bool(dig(read_field(data, "stream_options", dict, "an object"), "include_usage"))
-    check_positive(data, "max_tokens", "max_completion_tokens")
+    request.bound = below_one(data, "max_tokens", "max_completion_tokens")
     request.stop = read_strings(request.stop, "stop")
     if not 1 <= request.n <= 128:
         raise BadRequest("n must lie between 1 and 128", param="n")

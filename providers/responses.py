@@ -40,7 +40,7 @@ from providers import (
     Usage,
     Used,
     amount,
-    check_positive,
+    below_one,
     dig,
     dumps,
     event_data,
@@ -70,11 +70,11 @@ def parse_request(body: Body, headers: Mapping[str, str]) -> Request:
     for name, (attribute, types, what) in _PLAIN.items():
         if (value := read_field(data, name, types, what)) is not None:
             setattr(request, attribute, value)
-    check_positive(data, "max_output_tokens")
     request.system = [_text_block(text)] if (text := read_field(data, "instructions", str, "a string")) else []
     request.tools = [_tool(t, f"tools[{i}]") for i, t in enumerate(read_field(data, "tools", list, "a list") or [])]
     request.extra = _left_over(data)
     _read_input(data, request)
+    request.bound |= below_one(data, "max_output_tokens")
     _read_choice(data.get("tool_choice"), request)
     request.response_format = _response_format(data)
     effort = dig(read_field(data, "reasoning", dict, "an object"), "effort")

@@ -110,16 +110,27 @@ def deltas(told: list[dict[str, Any]]) -> list[dict[str, Any]]:
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"temperature": "hot"}, "temperature"),
         ({"max_completion_tokens": 1.5}, "max_completion_tokens"),
-        ({"max_completion_tokens": 0}, "max_completion_tokens"),
-        ({"max_tokens": 0}, "max_tokens"),
-        ({"max_tokens": -1}, "max_tokens"),
-        ({"max_tokens": 5, "max_completion_tokens": -1}, "max_completion_tokens"),
     ],
 )
 def test_a_request_that_cannot_be_is_refused_by_name(change: dict[str, Any], param: str) -> None:
     with pytest.raises(BadRequest) as caught:
         heard("openai", {**HI, **change})
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("limits", "param"),
+    [
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": 5, "max_completion_tokens": -1}, "max_completion_tokens"),
+    ],
+)
+def test_a_limit_below_1_goes_to_providers_of_the_same_language_only(limits: dict[str, Any], param: str) -> None:
+    """To LM Studio and llama.cpp -1 is no limit."""
+    request = heard("openai", {**HI, **limits})
+    assert request.bound == {param: f"{param} must be at least 1"}
+    assert json.loads(chat.build(request, "m", UP).body) == {**HI, **limits, "model": "m"}
 
 
 @pytest.mark.parametrize(
