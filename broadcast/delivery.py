@@ -29,7 +29,7 @@ from broadcast.exchange import Answer, Carrier
 from broadcast.otlp import envelope
 from broadcast.store import Counts, Offers, Store
 
-log = logging.getLogger("broadcast")
+log = logging.getLogger("opensourcellmrouter.broadcast")
 BATCH_ITEMS: Final = 64
 BACKOFF_FIRST = 1.0
 BACKOFF_MOST = 30.0

@@ -43,7 +43,7 @@ from broadcast.trial import not_tried, try_out
 
 __all__ = ["Broadcast", "Destination", "Settings", "encode", "replay"]
 
-log = logging.getLogger("broadcast")
+log = logging.getLogger("opensourcellmrouter.broadcast")
 MOST_DESTINATIONS: Final = 64
 TESTS_AT_ONCE: Final = 4
 TESTS_A_MINUTE: Final = 60

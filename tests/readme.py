@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import broadcast  # noqa: E402
+import journal  # noqa: E402
 import pipeline  # noqa: E402
 import providers  # noqa: E402
 import router  # noqa: E402
@@ -22,7 +23,7 @@ import telemetry  # noqa: E402
 SECTIONS: list[tuple[str, Any]] = [
     ("server", server.Settings),
     ("[[api_keys]]", router.ApiKey),
-    ("logging", router.Logging),
+    ("logging", journal.Settings),
     ("telemetry", telemetry.Settings),
     ("broadcast", broadcast.Settings),
     ("[[broadcast.destinations]]", broadcast.Destination),

@@ -11,8 +11,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = {
-    "router": {"server", "pipeline", "rules", "plugins", "providers", "telemetry", "broadcast", "dashboard"},
+    "router": {"server", "journal", "pipeline", "rules", "plugins", "providers", "telemetry", "broadcast", "dashboard"},
     "server": {"providers"},
+    "journal": {"providers"},
     "pipeline": {"rules", "plugins", "providers", "telemetry"},
     "rules": {"providers"},
     "plugins": {"plugins", "providers"},

@@ -31,10 +31,11 @@ def told(path: Path) -> dict[str, Any]:
 
 def application(path: Path) -> Any:
     """What `serve` makes of the file, with nothing running beside it and no log."""
+    import journal
     import router
 
     environment = dict.fromkeys(told(path).get("environment", ()), KEY)
-    config = dataclasses.replace(router.load(path, environment), logging=router.Logging())
+    config = dataclasses.replace(router.load(path, environment), logging=journal.Settings())
     made = router.App(config, environment)
     for name, models in told(path).get("serves", {}).items():
         made.pipeline.plan.lanes[name].discovered = tuple(models)
