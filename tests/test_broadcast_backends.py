@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
-from backends import Collector, Jaeger, Span, collector, jaeger, need, otlp
+from backends import Collector, Jaeger, Span, collector, jaeger, need, nginx, otlp
 from backends.process import get_json
 from broadcast_records import ATTEMPT, attributes, failed, generation, record, to_bytes
 from broadcast_runs import collector as to_collector
@@ -108,6 +108,41 @@ def test_axioms_form_works_against_a_gateway_with_a_bearer_token(tmp_path: Path)
         with running(tmp_path, d) as made:
             made.sink(now())
             assert settled(made, "a", 1)["delivered"] == 1
+
+
+AXIOM = """
+log_format connections "$connection $status";
+server {
+    listen 127.0.0.1:%PORT%;
+    access_log %DIR%/access.log connections;
+    location = /v1/traces {
+        if ($http_authorization != "Bearer xaat-secret") { return 401; }
+        if ($http_x_axiom_dataset != "llm") { return 403; }
+        proxy_pass COLLECTOR;
+    }
+}
+"""
+
+
+def test_axioms_headers_pass_a_gateway_of_nginx_over_one_connection(tmp_path: Path, the_collector: Collector) -> None:
+    need(nginx)
+    with nginx(AXIOM.replace("COLLECTOR", the_collector.endpoint), tmp_path) as gateway, running(tmp_path) as made:
+        config = {"token": "xaat-secret", "dataset": "llm", "endpoint": gateway.endpoint}
+        for wrong, status, advice in (
+            ({"token": "xaat-wrong"}, 401, "may ingest"),
+            ({"dataset": "other"}, 403, "exactly that name"),
+        ):
+            refused, told = made.api("POST", "/destinations", {"type": "axiom", "config": config | wrong})
+            assert (refused, told["status"]) == (422, status)
+            assert advice in told["advice"]
+        assert made.api("POST", "/destinations", {"type": "axiom", "config": config})[0] == 201
+        for n in range(1, 6):
+            made.sink(now())
+            assert settled(made, "axiom", n)["delivered"] == n
+        lines = [line.split() for line in gateway.access_log()]
+    assert [status for _, status in lines] == ["401", "403"] + ["200"] * 6
+    assert len({connection for connection, _ in lines[3:]}) == 1  # after the three tests
+    assert len([span for span in the_collector.spans() if span["name"] == "LLM Generation"]) == 5
 
 
 class GrafanaGateway(Collector):
