@@ -232,7 +232,8 @@ REFUSED = {
 
 def pretend(page: Any, stats: dict[str, Any]) -> None:
     """Destinations that look like those of a company, instead of addresses on this machine."""
-    told = {name: {"id": name, **COUNTERS, **counts} for name, counts in COUNTED.items()}
+    ids = {d["name"]: d["id"] for d in DESTINATIONS}
+    told = {name: {"id": ids[name], **COUNTERS, **counts} for name, counts in COUNTED.items()}
     stats = {**stats, "broadcast": {"enabled": True, "destinations": told}}
     answers = {
         "**/api/v1/observability": {"enabled": True},
