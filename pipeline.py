@@ -747,8 +747,9 @@ class Run:
 
 _TOLD_APART = frozenset(("messages", "system", "input", "instructions", "tools")) | providers.ROUTER_FIELDS
 _KEY_NAME = re.compile(
-    r"(?i)(?:.*[_-])?(?:api[_-]?key|secret|password|authorization|(?:access|auth|bearer|refresh)[_-]?token|private[_-]?key|cookie)"
+    r"(?i)(?:.*[_-])?(?:api[_-]?key|secret|password|authorization|(?:access|auth|bearer|refresh)[_-]?token|token|private[_-]?key|cookie)"
 )
+_NEEDLESS = re.compile(r"\\u00([2-7][0-9a-fA-F])")
 _TOKENS = (Text, Reasoning, ToolCall)
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
@@ -759,7 +760,7 @@ def _masked(value: Any) -> Any:
         return [_masked(item) for item in value]
     if not isinstance(value, dict):
         return value
-    return {k: _masked(v) if not isinstance(v, str) else "[redacted]" if _names_a_key(k[:64]) else v for k, v in value.items()}
+    return {k: "[redacted]" if isinstance(v, str | list) and _names_a_key(k[:64]) else _masked(v) for k, v in value.items()}
 
 
 @functools.lru_cache(1024)
@@ -770,9 +771,15 @@ def _names_a_key(name: str) -> bool:
 def _sealed(record: dict[str, Any], sent: str) -> dict[str, Any]:
     """The record as its readers may have it: no key of ours in it, whatever the client (`sent` is its body) or the
     provider said."""
-    said = (sent, *(record["response"] or {}).values())
+    said = (_unescaped(sent), record["session_id"], *(record["response"] or {}).values())
     sealed: dict[str, Any] = telemetry.without_secrets(record) if telemetry.hold_secret(said) else record
     return sealed
+
+
+def _unescaped(text: str) -> str:
+    """JSON text without the escapes that some writers put where none is needed."""
+    text = text.replace("\\/", "/")
+    return _NEEDLESS.sub(lambda match: chr(int(match[1], 16)), text) if "\\u00" in text else text
 
 
 def _said(answer: Answer) -> str:

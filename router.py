@@ -610,14 +610,15 @@ class App:
             raise Refused(
                 "this is not a valid key", status=401, kind="authentication", code="invalid_api_key", reason="unauthorized"
             )
-        now = time.monotonic()
-        kept = [(token, session) for token, session in self._sessions.items() if session[0] > now]
-        token = secrets.token_urlsafe(32)
-        self._sessions = {**dict(kept[-999:]), token: (now + _SESSION_SECONDS, matched)}
+        now, token = time.monotonic(), secrets.token_urlsafe(32)
+        with self._opening:
+            kept = [(name, session) for name, session in self._sessions.items() if session[0] > now]
+            self._sessions = {**dict(kept[-999:]), token: (now + _SESSION_SECONDS, matched)}
         return Response(204, b"", headers=[("Set-Cookie", self._cookie_of(environ, token, _SESSION_SECONDS))])
 
     def _sign_out(self, environ: dict[str, Any], path: str) -> Response:
-        self._sessions.pop(_cookie(environ), None)
+        with self._opening:
+            self._sessions.pop(_cookie(environ), None)
         return Response(204, b"", headers=[("Set-Cookie", self._cookie_of(environ, "", 0))])
 
     def _cookie_of(self, environ: Mapping[str, Any], token: str, seconds: int) -> str:

@@ -316,8 +316,9 @@ def _channel_class(app: Application, limit: int) -> type:
 
         def writable(self) -> bool:
             """Is there something for the loop to send? Not what a worker is sending at this moment: the loop would spin
-            on its lock, and each turn would keep the interpreter from the worker. Above the high watermark it waits for us."""
-            waiting = self.total_outbufs_len > (self.adj.outbuf_high_watermark if self.writing else 0)
+            on its lock, and each turn would keep the interpreter from the worker. From the high watermark on it waits for
+            us, until there is less."""
+            waiting = self.total_outbufs_len >= (self.adj.outbuf_high_watermark if self.writing else 1)
             return bool(waiting or self.will_close or self.close_when_flushed)
 
         def received_late(self, now: float, seconds: float) -> bool:

@@ -128,16 +128,19 @@ class Writer:
         self._search = Searcher()
         self._lock = threading.Lock()
         self._wake, self._stop = threading.Event(), threading.Event()
+        self._ended = False
         self._thread = threading.Thread(target=self._run, name="broadcast-writer", daemon=True)
         self._thread.start()
 
-    def put(self, record: Record, takers: Takers) -> None:
-        """Called in the request's thread: an append. `takers` may have the record."""
+    def put(self, record: Record, takers: Takers) -> bool:
+        """Called in the request's thread: an append. `takers` may have the record. False: this writer has ended."""
         try:
             heavy = weight(record)
         except (TypeError, ValueError, AttributeError):  # an odd record is dealt with, and counted, where it is encoded
             heavy = 0
         with self._lock:
+            if self._ended:
+                return False
             self._inbox.append((record, takers, heavy))
             self._weight += heavy
             if len(self._inbox) > INBOX_ITEMS or (self._weight > INBOX_WEIGHT and len(self._inbox) > 1):
@@ -145,6 +148,7 @@ class Writer:
                 self._weight -= light
                 self._lost.update(entry.id for entry in missing)
         self._wake.set()
+        return True
 
     def _take(self) -> tuple[list[tuple[Record, Takers]], Counter[str]]:
         group: list[tuple[Record, Takers]] = []
@@ -159,12 +163,17 @@ class Writer:
         return group, lost
 
     def _run(self) -> None:
-        while not (self._stop.is_set() and not self._inbox):
+        while not self._end():
             self._wake.wait()
             self._wake.clear()
             while any(taken := self._take()):
                 self._commit(*self._offers(*taken))
                 self._stop.wait(LINGER)
+
+    def _end(self) -> bool:
+        with self._lock:
+            self._ended = self._stop.is_set() and not self._inbox
+            return self._ended
 
     def _offers(self, group: list[tuple[Record, Takers]], lost: Mapping[str, int]) -> tuple[Offers, Counts]:
         """What each record means for each destination: a fragment per kind of privacy, and counts of the rest."""
@@ -186,6 +195,7 @@ class Writer:
         self, record: Record, wanted: list[Entry], privacy: bool, counts: Counter[tuple[str, str]]
     ) -> tuple[bytes, list[str], str]:
         """The fragment, who takes it, and why nobody can have it."""
+        taken = [entry.id for entry in wanted]
         try:
             skipped = {entry.id: skip_reason(entry.destination, record, self._search) for entry in wanted}
             counts.update((identity, f"skipped:{reason}") for identity, reason in skipped.items() if reason)
@@ -196,7 +206,7 @@ class Writer:
             return body, taken, "too_large" if len(body) > settings.queue_max_bytes else ""
         except Exception as error:  # noqa: BLE001 - one record must not stop the others
             log.error("broadcast: a record could not be encoded: %s", type(error).__name__)
-            return b"", [entry.id for entry in wanted], "encode_error"
+            return b"", taken, "encode_error"
 
     def _commit(self, offers: Offers, counts: Counts) -> None:
         pause = 0.1
@@ -212,13 +222,16 @@ class Writer:
                 pause = min(2.0, pause * 2)
         self._owner.wake({destination for _, _, destinations in offers for destination in destinations})
 
-    def stop(self, timeout: float) -> None:
+    def leave(self) -> None:
         """Commit what was handed over, then end."""
         self._stop.set()
         self._wake.set()
-        self._thread.join(max(0.0, timeout))
+
+    def join(self, deadline: float) -> None:
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+
+    def close(self) -> None:
         self._search.close()  # what waited for it is left out, counted and done with at once
-        self._thread.join(0.5)
 
 
 class Worker:
@@ -371,7 +384,14 @@ class Delivery:
     def put(self, record: Record) -> None:
         """Take a finished request's record. Never waits, never raises."""
         for writer, takers in self._takers:
-            writer.put(record, takers)
+            if not writer.put(record, takers):
+                self._put_again(record, {entry.id for entry in takers})
+
+    def _put_again(self, record: Record, wanted: set[str]) -> None:
+        """The settings changed at this moment: by the new ones."""
+        for writer, takers in self._takers:
+            if mine := tuple(entry for entry in takers if entry.id in wanted):
+                writer.put(record, mine)
 
     def fit(self, takers: Iterable[Entry]) -> None:
         """Let the threads fit the destinations that take records now; none without one."""
@@ -383,8 +403,7 @@ class Delivery:
         needed = {key: self._writers.get(key) or Writer(self) for key in shares}
         idle = [writer for key, writer in self._writers.items() if key not in needed]
         self._writers, self._takers = needed, tuple((writer, tuple(shares[key])) for key, writer in needed.items())
-        for writer in idle:
-            writer.stop(2.0)
+        retire(idle, time.monotonic() + 1.0)
         for identity, entry in active.items():
             if identity not in self._workers:
                 self._workers[identity] = Worker(self, entry)
@@ -398,10 +417,9 @@ class Delivery:
 
     def close(self, deadline: float) -> None:
         """Commit what was handed over, deliver what can be until then, and leave the rest in the store."""
-        writers, self._writers, self._takers = self._writers.values(), {}, ()
+        writers, self._writers, self._takers = list(self._writers.values()), {}, ()
         workers, self._workers = list(self._workers.values()), {}
-        for writer in writers:
-            writer.stop(max(0.5, deadline - time.monotonic()))
+        retire(writers, max(deadline, time.monotonic() + 0.5))
         end(workers, deadline)
         self.store.close()
 
@@ -409,6 +427,19 @@ class Delivery:
         for worker in map(self._workers.get, destinations):
             if worker:
                 worker.wake()
+
+
+def retire(writers: list[Writer], deadline: float) -> None:
+    """Let them commit until then; whatever still waits for a search is left out."""
+    for writer in writers:
+        writer.leave()
+    for writer in writers:
+        writer.join(deadline)
+    for writer in writers:
+        writer.close()
+    grace = time.monotonic() + 0.5
+    for writer in writers:
+        writer.join(grace)
 
 
 def end(workers: list[Worker], deadline: float) -> None:

@@ -202,7 +202,10 @@ class Line:
         try:
             return self._converse(body, timeout)
         except (Refused, OSError, http.client.HTTPException, faults.HTTPError) as error:
-            return _failed(_root(error), self._socket is not None, timeout)
+            root = _root(error)
+            if self._socket and self._socket.ended and isinstance(root, http.client.BadStatusLine):
+                root = ConnectionResetError()  # cut within the first line of the answer
+            return _failed(root, self._socket is not None, timeout)
 
     def _converse(self, body: bytes, timeout: float) -> Answer:
         to, headers = self.to, {"Host": self.to.authority, "Content-Type": "application/json", "Accept-Encoding": "identity"}

@@ -128,12 +128,12 @@ class Broadcast:
 
     def _refresh(self) -> None:
         """At the start and after a reload: a destination that left config.toml takes its queue with it."""
+        self._apply()
         if self._started and self._delivery:
             store = self._delivery.store
             known = [_file_id(d.name) for d in self.settings.destinations] + [row[0] for row in store.saved()]
             if lost := store.keep_only(known):
                 log.warning("broadcast: %d queued records of removed destinations were dropped", lost)
-        self._apply()
 
     def _apply(self) -> None:
         """Let deliveries fit the settings: none while switched off."""
@@ -153,6 +153,8 @@ class Broadcast:
                 self._go_by(settings)
             except sqlite3.Error as error:
                 self.settings = before
+                if self._delivery:
+                    self._delivery.reload(before)
                 raise Unusable(f"database: {settings.database} cannot be used now ({error})") from None
 
     def _go_by(self, settings: Settings) -> None:

@@ -72,6 +72,10 @@ class Store:
         for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "journal_size_limit=16777216"):
             self._db.execute(f"PRAGMA {pragma}")
         self._db.executescript(SCHEMA)
+        if "private" not in [
+            row[1] for row in self._db.execute("PRAGMA table_info(payload)")
+        ]:  # made before there was such a mark
+            self._db.execute("ALTER TABLE payload ADD COLUMN private INTEGER NOT NULL DEFAULT 0")
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -173,9 +177,9 @@ class Store:
     def settle(self, destination: str, batch: list[int], *, rejected: int, error: str, dropped: str = "") -> None:
         """End the life of a batch: delivered but for what was rejected, or dropped with that reason."""
         with self._transaction() as db:
+            if destination in self._deleted:
+                return  # meanwhile
             rows = list(self._rows(destination, batch[-1]))
-            if not db.execute("SELECT 1 FROM ledger WHERE destination = ? LIMIT 1", (destination,)).fetchone():
-                return  # deleted meanwhile
             self._remove(db, destination, rows)
             if dropped:
                 self._count(db, destination, **{f"dropped:{dropped}": len(rows)})
@@ -219,6 +223,7 @@ class Store:
         """Forget the queues and counts of destinations that are no more; gives how many records were still queued."""
         with self._transaction() as db:
             unknown = {row[0] for row in db.execute("SELECT DISTINCT destination FROM ledger")} - set(known)
+            self._deleted = (self._deleted | unknown) - set(known)  # records may still be on their way to them
             return sum(self._forget(db, destination) for destination in unknown)
 
     def _forget(self, db: sqlite3.Connection, destination: str) -> int:

@@ -606,7 +606,7 @@ class Relay:
         self._number = 0
         self._response = _envelope(request.body.data, stamp)
         self._items: dict[int, Item] = {}
-        self._growing: dict[int, dict[int, str]] = {}
+        self._growing: dict[int, dict[int, list[str]]] = {}
 
     def feed(self, blocks: list[tuple[bytes, list[Event]]]) -> bytes:
         """The blocks as they came."""
@@ -638,14 +638,15 @@ class Relay:
         if said["type"] == "response.output_item.done":
             self._growing.pop(index, None)
         if index in self._growing and isinstance(said.get("delta"), str):
-            parts, part = self._growing[index], said.get("summary_index") or said.get("content_index") or 0
-            parts[part] = parts.get(part, "") + said["delta"]
+            places = (said.get("summary_index"), said.get("content_index"))
+            part = next((place for place in places if type(place) is int), 0)
+            self._growing[index].setdefault(part, []).append(said["delta"])
 
     def _broken(self, index: int, item: Item) -> Item:
         """An item as it stays: with what it had grown to, unless it has ended before."""
         if index not in self._growing:
             return item
-        fill, parts = _FILLED.get(str(item.get("type"))), list(self._growing[index].values())
+        fill, parts = _FILLED.get(str(item.get("type"))), ["".join(pieces) for pieces in self._growing[index].values()]
         return {**item, **(fill(parts) if fill and parts else {}), "status": "incomplete"}
 
 

@@ -139,9 +139,12 @@ class House:
         gone: Callable[[], bool] = bool,
     ) -> Answer:
         """One request; `gone` is how the server tells that the client has left."""
-        environ = {"waitress.client_disconnected": gone}
+        return self.call(path, json.dumps(body).encode(), headers, gone)
+
+    def call(self, path: str, body: bytes, headers: dict[str, str] | None = None, gone: Callable[[], bool] = bool) -> Answer:
+        """The same with a body written by hand."""
         try:
-            return self._app.call("POST", path, json.dumps(body).encode(), headers, **environ)
+            return self._app.call("POST", path, body, headers, **{"waitress.client_disconnected": gone})
         except (SystemExit, KeyboardInterrupt) as escaped:
             raise AssertionError("the request took the program with it") from escaped
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -117,12 +118,25 @@ def test_a_key_that_a_provider_repeats_reaches_no_reader_of_records(
     assert here.records[0]["messages"][0]["content"][0]["text"] == "mine is [redacted]"
 
 
+@pytest.mark.parametrize("written", ["sk-Zm9v\\/YmFy+0123456789", "sk-Zm9v/YmFy\\u002b0123456789"])
+def test_a_key_that_is_spelled_with_escapes_is_found_too(
+    house: MakeHouse, fakes: Fakes, monkeypatch: pytest.MonkeyPatch, written: str
+) -> None:
+    monkeypatch.setenv("UP_KEY", key := "sk-Zm9v/YmFy+0123456789")
+    here = house(NAMED, provider("b", fakes["b"], api_key_env="UP_KEY"), rule(providers=["b"]))
+    body = json.dumps(chat_body("KEY", session_id="s")).replace("KEY", written).encode()
+    assert here.call(CHAT, body, {**bearer(ALICE), "x-session-id": "other"}).status == 200
+    here.chat(headers={**bearer(ALICE), "X-Session-Id": f"session of {key}"})
+    assert key not in str(here.records)
+    assert [record["session_id"] for record in here.records] == ["s", "session of [redacted]"]
+
+
 def test_keys_among_a_requests_parameters_are_not_recorded(house: MakeHouse) -> None:
     here = house(NAMED)
-    secrets = {"api_key": "sk-mine", "extra_headers": {"Authorization": "Bearer mine", "X-Kind": "seen"}}
+    secrets = {"api_key": "sk-mine", "token": ["a", "b"], "extra_headers": {"Authorization": "Bearer mine", "X-Kind": "seen"}}
     here.chat(headers=bearer(ALICE), max_tokens=7, **secrets)
     request = here.records[0]["request"]
-    assert request["api_key"] == request["extra_headers"]["Authorization"] == "[redacted]"
+    assert request["api_key"] == request["token"] == request["extra_headers"]["Authorization"] == "[redacted]"
     assert (request["extra_headers"]["X-Kind"], request["max_tokens"]) == ("seen", 7)
 
 

@@ -544,6 +544,7 @@ def test_a_receiver_that_does_not_read_ends_at_the_total_timeout(tmp_path: Path)
     [
         Reply(reset=True),
         Reply(raw=b""),
+        Reply(raw=b"HTTP/1.1 20"),
         Reply(raw=b"HTTP/1.1 200 OK\r\nContent-Le"),
         Reply(raw=b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n{}"),
     ],
@@ -831,6 +832,33 @@ def test_a_destination_that_left_the_file_takes_its_queue_with_it(tmp_path: Path
             with sqlite3.connect(again.settings.database) as db:
                 assert db.execute("SELECT COUNT(*) FROM queue").fetchone() == (0,)
             db.close()
+
+
+def test_a_destination_that_leaves_while_records_flow_leaves_nothing_behind(tmp_path: Path, receiver: FakeCollector) -> None:
+    with FakeCollector(Reply(wait=0.05)) as slow:
+        old = collector("old", slow.url)
+        with running(tmp_path, old, collector("kept", receiver.url)) as made:
+            sending = threading.Thread(target=lambda: sent(made, 300))
+            sending.start()
+            until(lambda: slow.received)
+            made.reload(configured(tmp_path, collector("kept", receiver.url)))
+            sending.join()
+            settled(made, "kept", 300)
+            made.reload(configured(tmp_path, old, collector("kept", receiver.url)))
+            have = counts(made, "old")
+            assert (have["accepted"], have["delivered"], have["queued"], have["dropped"]) == (0, 0, 0, {})
+            sent(made, 2)
+            assert settled(made, "old", 2)["delivered"] == 2
+
+
+def test_a_database_of_before_goes_on(tmp_path: Path, receiver: FakeCollector) -> None:
+    (tmp_path / "state").mkdir()
+    with sqlite3.connect(tmp_path / "state" / "broadcast.db") as db:
+        db.execute("CREATE TABLE payload (id INTEGER PRIMARY KEY AUTOINCREMENT, body BLOB NOT NULL)")
+    db.close()
+    with running(tmp_path, collector("a", receiver.url)) as made:
+        sent(made, 2)
+        assert settled(made, "a", 2)["delivered"] == 2
 
 
 def test_a_reload_changes_destinations_without_losing_anything(tmp_path: Path) -> None:
