@@ -771,9 +771,14 @@ def _names_a_key(name: str) -> bool:
 def _sealed(record: dict[str, Any], sent: str) -> dict[str, Any]:
     """The record as its readers may have it: no key of ours in it, whatever the client (`sent` is its body) or the
     provider said."""
-    said = (_unescaped(sent), record["session_id"], *(record["response"] or {}).values())
-    sealed: dict[str, Any] = telemetry.without_secrets(record) if telemetry.hold_secret(said) else record
+    sealed: dict[str, Any] = telemetry.without_secrets(record) if telemetry.hold_secret(_what_was_said(record, sent)) else record
     return sealed
+
+
+def _what_was_said(record: dict[str, Any], sent: str) -> Iterator[Any]:
+    yield _unescaped(sent)
+    yield record["session_id"]
+    yield from (record["response"] or {}).values()
 
 
 def _unescaped(text: str) -> str:

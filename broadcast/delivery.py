@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -230,8 +230,9 @@ class Writer:
     def join(self, deadline: float) -> None:
         self._thread.join(max(0.0, deadline - time.monotonic()))
 
-    def close(self) -> None:
-        self._search.close()  # what waited for it is left out, counted and done with at once
+    def cut(self) -> None:
+        """End now: what waits for a search is left out, counted and done with at once."""
+        self._search.close()
 
 
 class Worker:
@@ -403,7 +404,7 @@ class Delivery:
         needed = {key: self._writers.get(key) or Writer(self) for key in shares}
         idle = [writer for key, writer in self._writers.items() if key not in needed]
         self._writers, self._takers = needed, tuple((writer, tuple(shares[key])) for key, writer in needed.items())
-        retire(idle, time.monotonic() + 1.0)
+        end(idle, time.monotonic() + 1.0)
         for identity, entry in active.items():
             if identity not in self._workers:
                 self._workers[identity] = Worker(self, entry)
@@ -419,7 +420,7 @@ class Delivery:
         """Commit what was handed over, deliver what can be until then, and leave the rest in the store."""
         writers, self._writers, self._takers = list(self._writers.values()), {}, ()
         workers, self._workers = list(self._workers.values()), {}
-        retire(writers, max(deadline, time.monotonic() + 0.5))
+        end(writers, max(deadline, time.monotonic() + 0.5))
         end(workers, deadline)
         self.store.close()
 
@@ -429,30 +430,17 @@ class Delivery:
                 worker.wake()
 
 
-def retire(writers: list[Writer], deadline: float) -> None:
-    """Let them commit until then; whatever still waits for a search is left out."""
-    for writer in writers:
-        writer.leave()
-    for writer in writers:
-        writer.join(deadline)
-    for writer in writers:
-        writer.close()
+def end(threads: Sequence[Writer | Worker], deadline: float) -> None:
+    """Let them finish until then, cut those that still wait, and do not wait for one that hangs all the same."""
+    for thread in threads:
+        thread.leave()
+    for thread in threads:
+        thread.join(deadline)
+    for thread in threads:
+        thread.cut()
     grace = time.monotonic() + 0.5
-    for writer in writers:
-        writer.join(grace)
-
-
-def end(workers: list[Worker], deadline: float) -> None:
-    """Let them deliver until then, cut those that still wait, and do not wait for one that hangs all the same."""
-    for worker in workers:
-        worker.leave()
-    for worker in workers:
-        worker.join(deadline)
-    for worker in workers:
-        worker.cut()
-    grace = time.monotonic() + 0.5
-    for worker in workers:
-        worker.join(grace)
+    for thread in threads:
+        thread.join(grace)
 
 
 def resend(path: str, d: Destination, settings: Settings, listening: Listening) -> dict[str, Any]:

@@ -128,12 +128,15 @@ class Broadcast:
 
     def _refresh(self) -> None:
         """At the start and after a reload: a destination that left config.toml takes its queue with it."""
+        if not (self._started and self._delivery):
+            return self._apply()
+        store = self._delivery.store
+        known = [_file_id(d.name) for d in self.settings.destinations] + [row[0] for row in store.saved()]
+        store.expect(known)
         self._apply()
-        if self._started and self._delivery:
-            store = self._delivery.store
-            known = [_file_id(d.name) for d in self.settings.destinations] + [row[0] for row in store.saved()]
-            if lost := store.keep_only(known):
-                log.warning("broadcast: %d queued records of removed destinations were dropped", lost)
+        if lost := store.keep_only(known):
+            log.warning("broadcast: %d queued records of removed destinations were dropped", lost)
+        return None
 
     def _apply(self) -> None:
         """Let deliveries fit the settings: none while switched off."""

@@ -72,9 +72,8 @@ class Store:
         for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "journal_size_limit=16777216"):
             self._db.execute(f"PRAGMA {pragma}")
         self._db.executescript(SCHEMA)
-        if "private" not in [
-            row[1] for row in self._db.execute("PRAGMA table_info(payload)")
-        ]:  # made before there was such a mark
+        columns = [row[1] for row in self._db.execute("PRAGMA table_info(payload)")]
+        if "private" not in columns:  # a file of before there was such a mark
             self._db.execute("ALTER TABLE payload ADD COLUMN private INTEGER NOT NULL DEFAULT 0")
 
     @contextlib.contextmanager
@@ -219,11 +218,16 @@ class Store:
                 made.setdefault(destination, {})["state"] = state
         return made
 
+    def expect(self, known: Iterable[str]) -> None:
+        """These are destinations, also if they were deleted before."""
+        with self._lock:
+            self._deleted -= set(known)
+
     def keep_only(self, known: Iterable[str]) -> int:
         """Forget the queues and counts of destinations that are no more; gives how many records were still queued."""
         with self._transaction() as db:
             unknown = {row[0] for row in db.execute("SELECT DISTINCT destination FROM ledger")} - set(known)
-            self._deleted = (self._deleted | unknown) - set(known)  # records may still be on their way to them
+            self._deleted |= unknown  # records may still be on their way to them
             return sum(self._forget(db, destination) for destination in unknown)
 
     def _forget(self, db: sqlite3.Connection, destination: str) -> int:
